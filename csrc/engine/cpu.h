@@ -1,0 +1,316 @@
+// The CPU runner: one parallel region per step, SIMD bodies chosen once, sums in fp64 in an order that depends on
+// nothing but the list. Results are bitwise the same for every thread count and instruction set.
+//
+// A chunk is summed in 16 lanes, then halved; chunks are added in order. -ffp-contract=off keeps the levels equal, and
+// pointers may be equal (a rule may read and write one array as two streams), so loops say ivdep and never restrict.
+#pragma once
+#include <omp.h>
+
+#include <array>
+#include <cstdlib>
+#include <cstring>
+
+#include "engine/frame.h"
+#include "rules/philox.h"
+
+#define TORSION_INLINE inline __attribute__((always_inline))
+
+namespace torsion::cpu {
+
+constexpr int kLanes = 16;
+constexpr int kBlock = 1024;  // elements whose rounding noise is made at once
+static_assert(kChunk % kBlock == 0 && kBlock % 8 == 0);
+
+struct Nearest {
+  struct Block {
+    TORSION_INLINE void fill(int64_t) {}
+    template <class Q, Role, class R>
+    TORSION_INLINE Q narrow(R x, int64_t) const {
+      return Narrow<Q>::nearest(x);
+    }
+  };
+  TORSION_INLINE static Block block(const Row&, uint64_t, uint32_t) { return {}; }
+};
+
+// Noise is filled in two plain loops, so that both vectorise; drawing inside the update loop would not.
+struct Stochastic {
+  struct Block {
+    uint64_t seed;
+    int64_t key;
+    uint32_t step, stream;
+    alignas(64) uint32_t words[4][kBlock / 8 + 1];
+    alignas(64) uint16_t noise[kBlock + 8];
+    TORSION_INLINE void fill(int64_t first) {
+      const int64_t start = (key + first) & ~int64_t(7);
+#pragma GCC ivdep
+      for (int j = 0; j < kBlock / 8 + 1; ++j) {
+        const Philox r = rounding_block(seed, start + 8 * int64_t(j), step, stream);
+        words[0][j] = r.word[0];
+        words[1][j] = r.word[1];
+        words[2][j] = r.word[2];
+        words[3][j] = r.word[3];
+      }
+      for (int j = 0; j < kBlock / 8 + 1; ++j)
+        for (int lane = 0; lane < 8; ++lane) noise[8 * j + lane] = uint16_t(words[lane >> 1][j] >> (16 * (lane & 1)));
+    }
+    template <class Q, Role P, class R>
+    TORSION_INLINE Q narrow(R x, int64_t i) const {
+      if constexpr (P == Role::param)
+        return Narrow<Q>::stochastic(x, noise[i + (key & 7)]);
+      else
+        return Narrow<Q>::nearest(x);
+    }
+  };
+  TORSION_INLINE static Block block(const Row& row, uint64_t seed, uint32_t step) {
+    Block b;
+    b.seed = seed;
+    b.key = row.key;
+    b.step = step;
+    b.stream = uint32_t(row.tensor);
+    return b;
+  }
+};
+
+enum class Pass { reduce, update };
+
+template <class Rule, class T, class Round>
+struct Body {
+  using M = typename T::Math;
+  using E = typename Rule::template Element<M>;
+  using C = typename Rule::template Coefficients<M>;
+  static constexpr int S = n_streams<Rule>, N = Rule::n_sums;
+  static_assert(S <= kMaxStreams);
+
+  template <Pass P>
+  static TORSION_INLINE void load(E& e, void* const* at, int64_t i, M pre) {
+    int k = 0;
+    auto take = [&]<class Of, class X>(Of, X& x) __attribute__((always_inline)) {
+      if constexpr (Of::io != Io::write && (P == Pass::update || Of::reduced)) {
+        x = widen(static_cast<const typename T::template Of<Of::role>*>(at[k])[i]);
+        if constexpr (Of::role == Role::grad) x *= pre;
+      }
+      ++k;
+    };
+    Rule::streams(e, take);
+  }
+
+  static TORSION_INLINE void store(E& e, void* const* at, int64_t i, const typename Round::Block& round, int64_t j) {
+    int k = 0;
+    auto give = [&]<class Of, class X>(Of, X& x) __attribute__((always_inline)) {
+      using Q = typename T::template Of<Of::role>;
+      if constexpr (Of::io != Io::read) static_cast<Q*>(at[k])[i] = round.template narrow<Q, Of::role>(x, j);
+      ++k;
+    };
+    Rule::streams(e, give);
+  }
+
+  struct Lane {
+    double (*sums)[kLanes];
+    int lane;
+    TORSION_INLINE double& operator[](int k) const { return sums[k][lane]; }
+  };
+
+  static TORSION_INLINE void reduce(const Row& row, int64_t begin, int64_t end, double pre_, double* out) {
+    void* at[S];
+    for (int k = 0; k < S; ++k) at[k] = row.at[k];
+    const M pre = M(pre_);
+    double a[N][kLanes] = {};
+    int64_t i = begin;
+    for (; i + kLanes <= end; i += kLanes)
+#pragma GCC ivdep
+      for (int l = 0; l < kLanes; ++l) {
+        E e{};
+        load<Pass::reduce>(e, at, i + l, pre);
+        Rule::reduce(e, Lane{a, l});
+      }
+    for (int l = 0; i < end; ++i, ++l) {
+      E e{};
+      load<Pass::reduce>(e, at, i, pre);
+      Rule::reduce(e, Lane{a, l});
+    }
+    for (int s = 0; s < N; ++s) {
+      for (int width = kLanes / 2; width; width /= 2)
+        for (int l = 0; l < width; ++l) a[s][l] += a[s][l + width];
+      out[s] = a[s][0];
+    }
+  }
+
+  static TORSION_INLINE void update(const Row& row, int64_t begin, int64_t end, double pre_, const double* coefficients,
+                                    uint64_t seed, uint32_t step) {
+    void* at[S];
+    for (int k = 0; k < S; ++k) at[k] = row.at[k];
+    const M pre = M(pre_);
+    typename Rule::template Coefficients<double> wide;
+    memcpy(&wide, coefficients, sizeof wide);
+    const C c = cast_numbers<C, decltype(wide), M>(wide);
+    auto round = Round::block(row, seed, step);
+    for (int64_t x = begin; x < end; x += kBlock) {
+      const int64_t y = std::min(end, x + kBlock);
+      round.fill(x);
+#pragma GCC ivdep
+      for (int64_t i = x; i < y; ++i) {
+        E e{};
+        load<Pass::update>(e, at, i, pre);
+        Rule::update(e, c);
+        store(e, at, i, round, i - x);
+      }
+    }
+  }
+};
+
+using ReducePiece = void (*)(const Row&, int64_t, int64_t, double, double*);
+using UpdatePiece = void (*)(const Row&, int64_t, int64_t, double, const double*, uint64_t, uint32_t);
+struct PieceFunctions {
+  ReducePiece reduce;
+  UpdatePiece update;
+};
+
+// x86-64-v4, v3 and the baseline; TORSION_ISA=0|1|2 forces a lower one, so that tests can compare their bits.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define TORSION_X86_LEVELS 1
+inline int isa_level() {
+  static const int level = [] {
+    const int have = __builtin_cpu_supports("x86-64-v4") ? 2 : __builtin_cpu_supports("x86-64-v3") ? 1 : 0;
+    const char* forced = std::getenv("TORSION_ISA");
+    return forced ? std::min(have, std::atoi(forced)) : have;
+  }();
+  return level;
+}
+#else
+inline int isa_level() { return 0; }
+#endif
+
+template <class Rule, class T, class Round>
+struct Levels {
+  using B = Body<Rule, T, Round>;
+#define TORSION_LEVEL(name, attribute)                                                                                \
+  attribute __attribute__((noinline)) static void reduce_##name(const Row& row, int64_t b, int64_t e, double pre,    \
+                                                                double* out) {                                       \
+    B::reduce(row, b, e, pre, out);                                                                                   \
+  }                                                                                                                   \
+  attribute __attribute__((noinline)) static void update_##name(const Row& row, int64_t b, int64_t e, double pre,    \
+                                                                const double* c, uint64_t seed, uint32_t step) {     \
+    B::update(row, b, e, pre, c, seed, step);                                                                         \
+  }
+  TORSION_LEVEL(base, )
+#ifdef TORSION_X86_LEVELS
+  TORSION_LEVEL(v3, __attribute__((target("arch=x86-64-v3"))))
+  TORSION_LEVEL(v4, __attribute__((target("arch=x86-64-v4,prefer-vector-width=512"))))
+#endif
+#undef TORSION_LEVEL
+  static PieceFunctions pick() {
+#ifdef TORSION_X86_LEVELS
+    if (isa_level() == 2) return {reduce_v4, update_v4};
+    if (isa_level() == 1) return {reduce_v3, update_v3};
+#endif
+    return {reduce_base, update_base};
+  }
+};
+
+template <class Rule>
+const PieceFunctions& piece_functions(int32_t kind) {
+  static const std::array<PieceFunctions, kKinds> table = {
+      Levels<Rule, F32, Nearest>::pick(),     Levels<Rule, F64, Nearest>::pick(),
+      Levels<Rule, BF16, Nearest>::pick(),    Levels<Rule, F16, Nearest>::pick(),
+      Levels<Rule, BF16, Stochastic>::pick(), Levels<Rule, F16, Stochastic>::pick(),
+  };
+  return table[size_t(kind)];
+}
+
+// A step in one go, or split where other processes must add their sums in between.
+enum class Phase : int64_t { whole, reduce, update };
+
+template <class Rule>
+struct Runner {
+  using F = Frame<Rule>;
+  static constexpr int N = F::N;
+
+  static int64_t workspace_size(const Table& t) {
+    return int64_t(t.pieces.size()) * N + int64_t(t.rows.size()) * (N + F::C) + (int64_t(t.n_scopes) + 1) * N;
+  }
+
+  // Points the frame's arrays into the table's workspace.
+  static void bind(F& f, Table& t) {
+    t.workspace.resize(size_t(workspace_size(t)));
+    double* at = t.workspace.data();
+    f.rows = t.rows.data();
+    f.pieces = t.pieces.data();
+    f.scope_first = t.scope_first.data();
+    f.n_rows = int32_t(t.rows.size());
+    f.n_scopes = t.n_scopes;
+    f.partial = at;
+    f.row_sums = f.partial + t.pieces.size() * N;
+    f.sums = f.row_sums + t.rows.size() * N;
+    f.coefficients = reinterpret_cast<typename F::Coefficients*>(f.sums + (int64_t(t.n_scopes) + 1) * N);
+  }
+
+  static void add_up(F& f) {
+    double* all = f.sums + int64_t(f.n_scopes) * N;
+    std::fill(f.sums, all + N, 0.);
+    for (int32_t t = 0; t < f.n_rows; ++t) {
+      const Row& row = f.rows[t];
+      double* sum = f.row_sums + int64_t(t) * N;
+      std::fill(sum, sum + N, 0.);
+      for (int64_t p = row.first_piece; p < row.first_piece + row.pieces; ++p)
+        for (int k = 0; k < N; ++k) sum[k] += f.partial[p * N + k];
+      double* scope = f.sums + int64_t(row.scope) * N;
+      const bool counts = f.counts_in_scope(row);
+      for (int k = 0; k < N; ++k) {
+        sum[k] *= row.weight;
+        all[k] += sum[k];
+        if (counts) scope[k] += sum[k];
+      }
+    }
+  }
+
+  static void finalize(F& f) {
+    f.decide();
+    if (f.status->skip) return;
+    for (int32_t s = 0; s < f.n_scopes; ++s) f.advance(s);
+    for (int32_t t = 0; t < f.n_rows; ++t) f.set_coefficients(t);
+  }
+
+  static void run(F& f, int64_t n_pieces, int threads, Phase phase) {
+    const double inverse_scale = f.scale();
+    auto end_of = [&](const Row& row, const Piece& p) { return std::min(row.n, (int64_t(p.chunk) + 1) * kChunk); };
+    auto team = [&](int rank, int size) {
+      const int64_t a = n_pieces * rank / size, z = n_pieces * (rank + 1) / size;
+      if (phase != Phase::update) {
+        for (int64_t k = a; k < z; ++k) {
+          const Piece& p = f.pieces[k];
+          const Row& row = f.rows[p.row];
+          piece_functions<Rule>(row.kind).reduce(row, p.chunk * kChunk, end_of(row, p), f.pre(row, inverse_scale),
+                                                 f.partial + k * N);
+        }
+        if (size > 1) {
+#pragma omp barrier
+        }
+        if (rank == 0) add_up(f);
+      }
+      if (phase == Phase::reduce) return;
+      if (rank == 0) finalize(f);
+      if (size > 1) {
+#pragma omp barrier
+      }
+      if (f.status->skip) return;
+      for (int64_t k = a; k < z; ++k) {
+        const Piece& p = f.pieces[k];
+        const Row& row = f.rows[p.row];
+        piece_functions<Rule>(row.kind).update(
+            row, p.chunk * kChunk, end_of(row, p), f.pre(row, inverse_scale),
+            reinterpret_cast<const double*>(f.coefficients + p.row), uint64_t(f.hyper[row.group].seed),
+            uint32_t(f.steps[row.tensor]));
+      }
+    };
+    // No more threads than pieces: waking one for nothing costs more than a small step.
+    const int size = int(std::max<int64_t>(1, std::min<int64_t>(threads, n_pieces)));
+    if (size == 1) {
+      team(0, 1);
+    } else {
+#pragma omp parallel num_threads(size)
+      team(omp_get_thread_num(), omp_get_num_threads());
+    }
+  }
+};
+
+}  // namespace torsion::cpu

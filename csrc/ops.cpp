@@ -1,0 +1,30 @@
+// Every op of the package. Shapes: a step updates n tensors that belong to groups (rows of `hyper`) and share cosines
+// by scope (rows of `shared`). The documentation users read stands in python/torsion/ops.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(torsion, m) {
+  m.def(
+      "tam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!) shared, Tensor(d!) steps, "
+      "Tensor(e!) status, Tensor hyper, Tensor[] lrs, int[] scopes, int[] groups, int[] slots, Tensor? grad_scale, "
+      "Tensor? found_inf, float? max_grad_norm) -> ()");
+  m.def(
+      "adatam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(f!)[] exp_avg_sqs, "
+      "Tensor(c!) shared, Tensor(d!) steps, Tensor(e!) status, Tensor hyper, Tensor[] lrs, int[] scopes, "
+      "int[] groups, int[] slots, Tensor? grad_scale, Tensor? found_inf, float? max_grad_norm) -> ()");
+  // The same steps over a launch table that torsion._plan keeps: no list crosses the dispatcher. phase 0 is a whole
+  // step; 1 leaves the sums in `sums` for an all-reduce, 2 continues from them. `workspace` is the table on the device.
+  m.def(
+      "tam_planned_(int table, Tensor(c!) shared, Tensor(d!) steps, Tensor(e!) status, Tensor hyper, Tensor[] lrs, "
+      "Tensor? grad_scale, Tensor? found_inf, float? max_grad_norm, int phase, Tensor(g!)? sums, "
+      "Tensor(h!)? workspace) -> ()");
+  m.def(
+      "adatam_planned_(int table, Tensor(c!) shared, Tensor(d!) steps, Tensor(e!) status, Tensor hyper, Tensor[] lrs, "
+      "Tensor? grad_scale, Tensor? found_inf, float? max_grad_norm, int phase, Tensor(g!)? sums, "
+      "Tensor(h!)? workspace) -> ()");
+}
+
+extern "C" PyMODINIT_FUNC PyInit__C(void) {
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
+  return PyModule_Create(&definition);
+}

@@ -1,0 +1,164 @@
+"""One training run: an arm, a rate and a seed in, curves and times out."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from torsion.cli.demo.registry import Arm
+from torsion.cli.demo.tasks import Data, Task
+
+__all__ = ["Plan", "Run", "rate_factor", "train"]
+
+_EVALUATIONS = 20
+_REFRESH = 10  # steps between two readings of the loss for the progress bar, each of which waits for the device
+_SAMPLE_ON_GPU = 5  # every so many steps is timed there, because timing one means waiting for the device around it
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is asked to do."""
+
+    task: Task
+    arm: Arm
+    rate: float
+    seed: int
+    steps: int
+    device: torch.device
+
+
+@dataclass
+class Run:
+    """What a run did. Lists over steps unless said otherwise; a run that was stopped has shorter ones."""
+
+    plan: Plan
+    parameters: int = 0
+    loss: list[float] = field(default_factory=list)
+    observed: dict[str, list[float]] = field(default_factory=dict)
+    #: One dictionary of metrics per evaluation, with the "step" after which it was made.
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    optimizer_ms: list[float] = field(default_factory=list)
+    training_ms: list[float] = field(default_factory=list)
+    skipped_steps: int | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether every planned step was made."""
+        return len(self.loss) == self.plan.steps
+
+    def final(self, metric: str) -> float:
+        """The metric after the last step made; nan before the first evaluation."""
+        return self.evaluations[-1][metric] if self.evaluations else math.nan
+
+    def median_ms(self, which: str) -> float:
+        """Median of `optimizer_ms` or `training_ms`; nan when no step was timed."""
+        times: list[float] = getattr(self, which)
+        return statistics.median(times) if times else math.nan
+
+
+def rate_factor(step: int, steps: int, warmup: int) -> float:
+    """The schedule every arm runs on: linear warm-up, then half a cosine down to zero after the last step."""
+    warmup = min(warmup, steps // 5)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def _timed_step(optimizer: Optimizer, compute: Callable[[], Tensor], run: Run, index: int) -> Tensor:
+    """Make one step and add to the run how long it took, and how long outside the closure, in the optimizer itself."""
+    on_gpu = run.plan.device.type == "cuda"
+    if on_gpu and index % _SAMPLE_ON_GPU:
+        return _step(optimizer, compute)
+    inside = 0.0
+
+    def now() -> float:
+        if on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def timed() -> Tensor:
+        nonlocal inside
+        begin = now()
+        loss = compute()
+        inside += now() - begin
+        return loss
+
+    begin = now()
+    loss = _step(optimizer, timed)
+    total = now() - begin
+    run.training_ms.append(1e3 * total)
+    run.optimizer_ms.append(1e3 * (total - inside))
+    return loss
+
+
+def _step(optimizer: Optimizer, closure: Callable[[], Any]) -> Tensor:
+    # The closure form fits every optimizer, also those that evaluate the loss several times a step.
+    loss: Any = optimizer.step(closure)
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def train(plan: Plan, data: Data, progress: Callable[[int, float, float], None], stop: Callable[[], bool]) -> Run:
+    """Train once, from a seed that fixes initialization and data order.
+
+    Args:
+        plan: what to do.
+        data: the task's data, on the plan's device.
+        progress: called now and then with the steps made, the last loss and the current rate.
+        stop: asked after every step; True ends the run with what it has.
+    """
+    torch.manual_seed(plan.seed)
+    model = plan.task.model().to(plan.device)
+    optimizer = plan.arm.build(model, plan.rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: rate_factor(step, plan.steps, plan.task.warmup)
+    )
+    run = Run(plan, parameters=sum(weight.numel() for weight in model.parameters()))
+    batches = data.batches(plan.seed)
+    losses: list[Tensor] = []
+    observed: dict[str, list[Tensor]] = {}
+    evaluate_every = max(1, plan.steps // _EVALUATIONS)
+
+    def forward_backward(batch: tuple[Tensor, Tensor]) -> Tensor:
+        optimizer.zero_grad()
+        loss = data.loss(model, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    for index in range(plan.steps):
+        rate, batch = float(schedule.get_last_lr()[0]), next(batches)
+        losses.append(_timed_step(optimizer, partial(forward_backward, batch), run, index))
+        schedule.step()
+        for name, value in plan.arm.observe(optimizer).items():
+            observed.setdefault(name, []).append(value.detach().clone())
+        made, stopping = index + 1, stop()
+        if made % evaluate_every == 0 or made == plan.steps or stopping:
+            run.evaluations.append({"step": made, **data.evaluate(model)})
+        if made % _REFRESH == 0 or made == plan.steps or stopping:
+            progress(made, losses[-1].item(), rate)
+        if stopping:
+            break
+    run.loss = _read(losses)
+    run.observed = {name: _read(values) for name, values in observed.items()}
+    if plan.arm.op is not None:
+        run.skipped_steps = _skipped(optimizer)
+    return run
+
+
+def _skipped(optimizer: Optimizer) -> int | None:
+    count = getattr(optimizer, "skipped_steps", None)
+    return int(count()) if count is not None else None
+
+
+def _read(values: list[Tensor]) -> list[float]:
+    numbers: list[float] = torch.stack(values).tolist() if values else []
+    return numbers
