@@ -27,12 +27,16 @@ endif
 endif
 ifneq ($(BUILD_SWITCHES),$(shell cat $(STAMP)/build 2>/dev/null))
 .PHONY: $(STAMP)/build
+# Modules of another mode would go on being loaded.
+STALE := python/torsion/*.so
 endif
 
 .DEFAULT_GOAL := help
 .SECONDARY:
-.PHONY: help build demo test bench lint format audit gpu clean python
+.PHONY: help build demo test bench lint format audit gpu clean interpreter
 .DELETE_ON_ERROR:
+# Two pips at once would spoil the environment; the compiler runs in parallel all the same.
+.NOTPARALLEL:
 
 help:
 	@echo "make demo    train a real model with torsion and with torch, side by side"
@@ -46,12 +50,13 @@ help:
 	@echo "make clean   remove what the above made, $(VENV) too"
 	@echo "Variables: PYTHON=$(PYTHON) TORCH_SPEC=$(TORCH_SPEC) VENV=$(VENV) TORSION_BUILD=$(MODE) MAX_JOBS=$(MAX_JOBS)"
 
-python:
+interpreter:
 	@command -v $(PYTHON) >/dev/null || { \
 	  echo "torsion: no $(PYTHON); install it (Debian: python3 python3-venv python3-dev g++;" \
 	       "Fedora: python3 python3-devel gcc-c++) or give PYTHON=" >&2; exit 1; }
 
-$(STAMP)/venv: | python
+$(STAMP)/venv: | interpreter
+	@rm -f $@
 	@$(PYTHON) scripts/setup_env.py $(VENV)
 	@mkdir -p $(STAMP) && printf '%s' '$(VENV_SWITCHES)' >$@
 
@@ -67,6 +72,7 @@ $(STAMP)/install: pyproject.toml $(STAMP)/env-build
 	@touch $@
 
 $(STAMP)/build: $(SOURCES) $(STAMP)/install
+	@rm -f $@ $(STALE)
 ifneq ($(MODE),none)
 	@mkdir -p build; echo "torsion: compiling what changed ($(MODE)); log in build/build.log"
 	@$(PY) setup.py --quiet build_ext --inplace >build/build.log 2>&1 || { tail -n 60 build/build.log; exit 1; }
@@ -91,18 +97,20 @@ audit: $(STAMP)/build $(STAMP)/env-test
 gpu: $(STAMP)/build $(STAMP)/env-gpu
 	@PATH="$(abspath $(VENV))/bin:$$PATH" bash scripts/gpu_check.sh $(ARGS)
 
+# As a module: beside an existing torch the linters may live in PYTHON's own environment, not in $(VENV)/bin.
+CLANG_FORMAT = $(PY) -c 'import clang_format; clang_format.clang_format()'
 CLANG_FORMATTED := $(shell find csrc -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
 
 format: $(STAMP)/env-lint
 	@$(PY) -m ruff check --fix-only --quiet .
 	@$(PY) -m ruff format .
-	@$(VENV)/bin/clang-format -i $(CLANG_FORMATTED)
+	@$(CLANG_FORMAT) -i $(CLANG_FORMATTED)
 
 lint: $(STAMP)/env-build $(STAMP)/env-lint
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
-	@$(VENV)/bin/clang-format --dry-run -Werror $(CLANG_FORMATTED)
+	@$(CLANG_FORMAT) --dry-run -Werror $(CLANG_FORMATTED)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info python/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -31,6 +31,7 @@ ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DPy_LIMITED_API=0x030A0000
 NUMERICS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
 COMMON = ["-std=c++20", "-g0", "-fvisibility=hidden", *NUMERICS]
 NVCC = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-lineinfo", "-fmad=false", "-DUSE_CUDA", ABI[0]]
+NVCC += ["-Xcompiler=-ffp-contract=off,-fvisibility=hidden"]
 
 
 def stop(message: str) -> NoReturn:
@@ -46,30 +47,34 @@ def build_mode() -> str:
     return mode
 
 
+def macros_of(cxx: str) -> dict[str, str]:
+    probe = subprocess.run([*cxx.split(), "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True)
+    return dict(re.findall(r"#define (__\w+__) (.*)", probe.stdout))
+
+
 def check_compiler() -> str:
-    """Return one line that names the compiler, or stop with the remedy."""
+    """Choose the compiler; return one line that names it, or stop with the remedy."""
     without = "or set TORSION_BUILD=none for pure Python and Triton without compiled modules"
-    cxx = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
-    if cxx is None or shutil.which(cxx.split()[0]) is None:
-        named = f" (CXX={cxx})" if cxx else ""
+    wanted = os.environ.get("CXX")
+    candidates = [c for c in ([wanted] if wanted else ["c++", "g++"]) if shutil.which(c.split()[0])]
+    if not candidates:
+        named = f" (CXX={wanted})" if wanted else ""
         stop(f"no C++ compiler found{named}; install one (Debian: g++, Fedora: gcc-c++), {without}")
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         stop(f"Python.h not found; install the headers (Debian: python3-dev, Fedora: python3-devel), {without}")
-    # torch compiles with $CXX or c++ and setuptools links with what Python was built with, which may not be installed.
-    os.environ["CXX"] = cxx
-    probe = subprocess.run([*cxx.split(), "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True)
-    macros = dict(re.findall(r"#define (__\w+__) (.*)", probe.stdout))
-    if probe.returncode or "__GNUC__" not in macros:
-        stop(f"{cxx} does not run as a C++ compiler: {probe.stderr.strip()[:200]}; set CXX=, {without}")
-    if "__clang__" in macros:
-        name, major, least = "clang", int(macros["__clang_major__"]), 14
-    else:
-        name, major, least = "gcc", int(macros["__GNUC__"]), 11
-    if major < least:
-        stop(f"{cxx} is {name} {major} and C++20 needs {name} >= {least}; set CXX= to a newer one, {without}")
-    if name == "gcc" and major < 12:
+    # gcc alone: the kernels' target attributes are its own, and clang's OpenMP calls are not in torch's libgomp.
+    known = {cxx: macros_of(cxx) for cxx in candidates}
+    cxx = next((c for c, m in known.items() if "__GNUC__" in m and "__clang__" not in m), None)
+    if cxx is None:
+        stop(f"{' and '.join(candidates)} is not gcc; install gcc >= 11 and set CXX=g++, {without}")
+    major, version = int(known[cxx]["__GNUC__"]), known[cxx]["__VERSION__"].strip('"')
+    if major < 11:
+        stop(f"{cxx} is gcc {version} and C++20 needs gcc >= 11; set CXX= to a newer one, {without}")
+    if major == 11:
         print("torsion: gcc 11 builds correct but slower CPU kernels; gcc >= 12 gives full speed", file=sys.stderr)
-    return f"{name} {macros['__VERSION__'].strip(chr(34))}"
+    # setuptools would link with the compiler Python was built with, which may not be installed.
+    os.environ["CXX"] = cxx
+    return f"gcc {version}"
 
 
 def why_no_cuda(torch, cuda_home: str | None) -> str:
@@ -233,8 +238,10 @@ def native(mode: str) -> dict:
 
 
 arguments = native(build_mode())
-
-from setuptools import find_packages, setup  # noqa: E402  (the messages above must come before setuptools is needed)
+try:
+    from setuptools import find_packages, setup
+except ImportError:
+    stop_for("setuptools")
 
 os.chdir(ROOT)
 setup(

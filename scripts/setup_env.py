@@ -35,11 +35,14 @@ def check_interpreter() -> None:
         stop(f"{sys.executable} is Python {sys.version.split()[0]}; torsion needs >= 3.10: make PYTHON=python3.11 ...")
     if importlib.util.find_spec("venv") is None or importlib.util.find_spec("ensurepip") is None:
         stop(f"{sys.executable} has no venv module; install it (Debian, Ubuntu: python3-venv; Fedora: python3-pip)")
-    without = "TORSION_BUILD=none make ... does without compiled modules"
     if os.environ.get("TORSION_BUILD", "").lower() == "none":
         return
+    # setup.py finds the same and more, but only after torch has been downloaded.
+    without = "TORSION_BUILD=none make ... does without compiled modules"
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         stop(f"Python.h is missing; install the headers (Debian: python3-dev; Fedora: python3-devel), or: {without}")
+    if not any(shutil.which(c.split()[0]) for c in (os.environ.get("CXX") or "", "c++", "g++") if c):
+        stop(f"no C++ compiler; install gcc >= 11 (Debian: g++; Fedora: gcc-c++), or: {without}")
 
 
 def version(text: str) -> tuple[int, ...]:
@@ -52,13 +55,18 @@ def make_venv(venv: Path, spec: str) -> None:
     if found and version(found) < LEAST_TORCH:
         stop(f"{sys.executable} has torch {found}, torsion needs >= 2.11: make TORCH_SPEC={DEFAULT_TORCH} installs one")
     record = venv / "torsion.json"
-    wanted = {"python": os.path.realpath(sys.executable), "system_torch": found or "", "torch_spec": spec}
+    wanted = {"python": f"{sys.prefix} {sys.version.split()[0]}", "system_torch": found or "", "torch_spec": spec}
     if record.exists() and json.loads(record.read_text()) == wanted and (venv / "bin/python").exists():
         return
     if venv.exists() and not (venv / "pyvenv.cfg").exists():
         stop(f"{venv} exists and is not a virtual environment; remove it or choose another with VENV=")
     print(f"torsion: creating {venv} " + (f"around torch {found}" if found else "with " + (spec or DEFAULT_TORCH)))
-    options = ["--clear", *(["--system-site-packages"] if found else [])]
+    options = ["--clear"]
+    if found:
+        options.append("--system-site-packages")
+        if importlib.util.find_spec("pip"):
+            # Else the setuptools that Python bundles, often an old one, would hide the one PYTHON has.
+            options.append("--without-pip")
     if subprocess.run([sys.executable, "-m", "venv", *options, str(venv)]).returncode:
         stop("python -m venv failed (above); Debian and Ubuntu need the package python3-venv")
     if found and in_venv():
@@ -134,7 +142,10 @@ def install(requirements: list[str], what: str) -> None:
     if subprocess.run(command).returncode == 0:
         return
     importlib.invalidate_caches()
-    absent = [text for text in wanted if installed(re.split(r"[^\w.-]", text)[0]) is None]
+    names = {text: re.split(r"[^\w.-]", text)[0] for text in wanted}
+    absent = [text for text, name in names.items() if installed(name) is None]
+    if "setuptools" in names.values() and installed("wheel") is None:
+        absent.append("a setuptools that brings bdist_wheel (>= 70.1)")
     if absent:
         stop(f"{what} needs {' '.join(absent)}, which pip could not install (above); without network, install by hand")
     print(f"torsion: going on with versions outside {' '.join(wanted)}", file=sys.stderr)

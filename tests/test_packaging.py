@@ -136,7 +136,7 @@ def test_compiled_wheel_from_sdist_runs_from_any_directory(unpacked: Path, tmp_p
 
 
 def why_no_build() -> str:
-    if not any(shutil.which(c) for c in ("c++", "g++", "clang++")):
+    if not any(shutil.which(c) for c in ("c++", "g++")):
         return "no C++ compiler"
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         return "no Python.h"
@@ -176,7 +176,7 @@ def test_old_compiler_is_named(tmp_path: Path) -> None:
     old.write_text("#!/bin/sh\necho '#define __GNUC__ 9'\necho '#define __VERSION__ \"9.4.0\"'\n")
     old.chmod(0o755)
     message = refused(TORSION_BUILD="cpu", CXX=str(old))
-    assert "gcc 9" in message
+    assert "gcc 9.4.0" in message
     assert "gcc >= 11" in message
     assert "TORSION_BUILD=none" in message
 
@@ -195,6 +195,8 @@ def test_version_has_one_source() -> None:
     assert declared is not None
     assert torsion.__version__ == declared[1]
     assert importlib.metadata.version("torsion") == declared[1]
+    fallback = re.findall(r'__version__ = "(.+)"', (ROOT / "python/torsion/__init__.py").read_text())
+    assert fallback in ([], [declared[1]])
 
 
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")

@@ -217,8 +217,7 @@ const PieceFunctions& piece_functions(int32_t kind) {
   return table[size_t(kind)];
 }
 
-// A step in one go, or split where other processes must add their sums in between.
-enum class Phase : int64_t { whole, reduce, update };
+using torsion::Phase;
 
 template <class Rule>
 struct Runner {

@@ -17,6 +17,9 @@ constexpr int kMaxStreams = 8;
 // Storage of parameter and gradient; state is float, or double with f64. Stochastic kinds round the parameter at random.
 enum Kind : int32_t { kF32, kF64, kBF16, kF16, kBF16Stochastic, kF16Stochastic, kKinds };
 
+// A step in one go, or split where other processes must add their sums in between.
+enum class Phase : int64_t { whole, reduce, update };
+
 struct Row {
   void* at[kMaxStreams];  // in the order of Rule::streams
   int64_t n;
@@ -60,6 +63,8 @@ struct Table {
   int32_t n_scopes = 0, n_groups = 0;
   std::vector<double> workspace;  // the CPU runner's partial sums and coefficients, kept between steps
   bool dirty = true;              // the image on the device, if any, is older than rows, pieces and scope_first
+  // A captured CUDA graph reads the image at this address, so it is not written again.
+  const void* graph_image = nullptr;
 
   // Sorts the rows by scope, cuts them into pieces, kind by kind. Keeps the given order inside a scope.
   void arrange() {
@@ -97,10 +102,10 @@ inline bool is_aligned(const Row& row, int n_streams) {
   return all % 16 == 0;
 }
 
-// Where the parts of a device table lie, in bytes from its start. The image (rows, pieces, scope_first) is written by
-// the host; the rest is the kernels' own.
+// Where the parts of a device table lie, in bytes from its start. The image (rows, scope_first) is written by the host;
+// the rest is the kernels' own.
 struct Layout {
-  int64_t rows, pieces, scope_first, image_end, partial, row_sums, sums, coefficients, hyper, ticket, end;
+  int64_t rows, scope_first, image_end, pieces, partial, row_sums, sums, coefficients, hyper, ticket, end;
   Layout(const Table& t, int n_sums, int n_coefficients, int n_hyper) {
     int64_t at = 0;
     auto take = [&](int64_t bytes) {
@@ -110,9 +115,9 @@ struct Layout {
     };
     // 16-byte steps keep every part aligned for 128-bit loads.
     rows = take(int64_t(t.rows.size()) * int64_t(sizeof(Row)));
-    pieces = take(int64_t(t.pieces.size()) * int64_t(sizeof(Piece)));
     scope_first = take(int64_t(t.scope_first.size()) * 4);
     image_end = at;
+    pieces = take(int64_t(t.pieces.size()) * int64_t(sizeof(Piece)));
     partial = take(int64_t(t.pieces.size()) * n_sums * 8);
     row_sums = take(int64_t(t.rows.size()) * n_sums * 8);
     sums = take((int64_t(t.n_scopes) + 1) * n_sums * 8);

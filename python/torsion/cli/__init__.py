@@ -41,10 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             module.add_arguments(command)
             command.set_defaults(run=module.run, parser=command)
     args, unknown = parser.parse_known_args(words)
+    if unknown:
+        help_of = f"torsion {args.command}" if args.command else "torsion"
+        getattr(args, "parser", parser).error(f"unknown argument {unknown[0]}; see '{help_of} --help'")
     if args.command is None:
         parser.error(f"no command given; try 'torsion doctor' (one of {', '.join(_COMMANDS)})")
-    if unknown:
-        args.parser.error(f"unknown argument {unknown[0]}; see 'torsion {args.command} --help' for those there are")
     try:
         code: int = args.run(args)
     except UsageError as error:

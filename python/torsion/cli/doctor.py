@@ -113,12 +113,16 @@ def _block(facts: dict[str, Any], indent: int) -> list[str]:
         if isinstance(value, dict):
             lines += [f"{pad}{name}", *_block(value, indent + 2)]
             continue
-        if isinstance(value, (list, tuple)):
-            value = ", ".join(str(item) for item in value) or "none"
-        if isinstance(value, bool):
-            value = "yes" if value else "no"
-        lines.append(f"{pad}{name!s:<{width}}  {value}")
+        lines.append(f"{pad}{name!s:<{width}}  {_shown(value)}")
     return lines
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(str(item) for item in value) or "none"
+    return "none" if value is None or value == "" else str(value)
 
 
 def _backend_lines(backends: dict[str, Any]) -> list[str]:

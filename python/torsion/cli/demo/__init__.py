@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=integer_from(1, 1024, 2), help="CPU threads (default: torch's own choice)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto takes a GPU when there is one")
     add("--seed", type=integer_from(0, 2**31, 0), default=0, help="first seed; digits also runs the next four")
-    add("--out", type=Path, default=Path("torsion-demo"), help="directory for results (default: ./torsion-demo)")
+    add("--out", type=Path, default=Path("demo-out"), help="directory for results (default: ./demo-out)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -101,7 +101,7 @@ DIGITS = _DigitsTask(
         Metric("loss", "test loss", "nats", higher_is_better=False, digits=4),
     ),
     choose_by="loss",
-    steps=500,
+    steps=400,
     seeds=5,
-    warmup=25,
+    warmup=20,
 )

@@ -15,6 +15,7 @@ from torch.utils import deterministic
 
 import torsion
 from torsion.cli.demo.registry import Arm
+from torsion.ops._backends import choose
 
 __all__ = ["backend_of", "describe", "interruptible", "reproducible"]
 
@@ -57,12 +58,10 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def backend_of(arm: Arm) -> str:
-    """The back end that the arm's op uses, or torch's own."""
-    if arm.op is None:
-        return "torch"
-    choice = torsion.backends().get(arm.op)
-    return "unknown" if choice is None else str(choice["chosen"])
+def backend_of(arm: Arm, device: torch.device) -> str:
+    """The back end that the arm's op uses on this device, or torch's own."""
+    # Not torsion.backends(), which speaks of the GPU wherever there is one, also when this run is on the CPU.
+    return "torch" if arm.op is None else choose(device.type)[0]
 
 
 def describe(device: torch.device, arms: Sequence[Arm]) -> dict[str, Any]:
@@ -75,5 +74,5 @@ def describe(device: torch.device, arms: Sequence[Arm]) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "device": f"{device.type} ({name})",
         "threads": torch.get_num_threads(),
-        "back ends": {arm.name: backend_of(arm) for arm in arms},
+        "back ends": {arm.name: backend_of(arm, device) for arm in arms},
     }

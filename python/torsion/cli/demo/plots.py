@@ -30,7 +30,7 @@ def write_figure(outcome: Outcome, path: Path) -> None:
     """Draw the five panels and write them as a PNG."""
     figure = Figure(figsize=(13.5, 7.6), dpi=130, facecolor="white")
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(2, 3, left=0.055, right=0.985, top=0.765, bottom=0.08, wspace=0.24, hspace=0.56)
+    grid = figure.add_gridspec(2, 3, left=0.055, right=0.985, top=0.765, bottom=0.08, wspace=0.29, hspace=0.56)
     colours = {arm.name: _COLOURS[index % len(_COLOURS)] for index, arm in enumerate(outcome.arms)}
     _title(figure, outcome, colours)
     _loss(_panel(figure, grid[0, 0], "Training loss", "step"), outcome, colours)
@@ -183,7 +183,7 @@ def _rates(axes: Axes, outcome: Outcome, colours: dict[str, str]) -> None:
                 f"{arm.name} {best:g}", (best, chosen), xytext=(0, -15), textcoords="offset points",
                 ha="center", color=colours[arm.name], fontsize=9.5, fontweight="bold",
             )  # fmt: skip
-    _note(axes, "recorded loss on a held-out part of the training data")
+    _note(axes, "recorded loss on held-out parts of the training data")
     axes.set_xscale("log")
     axes.set_xticks(sorted(tried), [f"{rate:g}" for rate in sorted(tried)])
     axes.minorticks_off()
@@ -209,7 +209,7 @@ def _damping(axes: Axes, outcome: Outcome, colours: dict[str, str]) -> None:
     _note(axes, "line: damping d, the factor on each new gradient; dots: (1 + cosine)/2 of single steps, first seed")
     meanings = (
         (0.96, "1: aligned with the momentum, taken in full"),
-        (0.27, "1/2: orthogonal, taken by half"),
+        (0.31, "dashed, 1/2: orthogonal, taken by half"),
         (0.04, "0: opposed, dropped"),
     )
     for height, text in meanings:

@@ -41,6 +41,7 @@ class Arm:
         build: (model, rate) -> optimizer.
         observe: 0-dim tensors to record after a step; read at the end of the run, so that no step waits for the device.
         op: the torsion op it runs on, None for torch's own optimizers.
+        after_backward: what its user would do between backward and step; counted as the optimizer's time.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Arm:
     build: Callable[[nn.Module, float], Optimizer]
     observe: Callable[[Optimizer], dict[str, Tensor]] = _nothing
     op: str | None = None
+    after_backward: Callable[[nn.Module], object] | None = None
 
 
 @dataclass(frozen=True)
@@ -83,17 +85,20 @@ _TAM = Arm(
 # which AdaTAM needs because its second moment starts small and uncorrected (specs/tam.md, start-up burst).
 _ADAMW = Arm(
     name="AdamW",
-    settings="torch.optim.AdamW(betas=(0.9, 0.99), weight_decay=0.1, fused=True)",
+    settings="torch.optim.AdamW(betas=(0.9, 0.99), weight_decay=0.1, fused=True) after clip_grad_norm_(1.0)",
     rates=_octaves(5e-4, 5),
     build=lambda model, rate: torch.optim.AdamW(
         model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.1, fused=True
     ),
+    after_backward=lambda model: nn.utils.clip_grad_norm_(model.parameters(), 1.0),
 )
 _ADATAMW = Arm(
     name="AdaTAMW",
-    settings="torsion.AdaTAMW(betas=(0.9, 0.99), weight_decay=0.1)",
+    settings="torsion.AdaTAMW(betas=(0.9, 0.99), weight_decay=0.1, max_grad_norm=1.0)",
     rates=_octaves(1e-4, 5),
-    build=lambda model, rate: torsion.AdaTAMW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.1),
+    build=lambda model, rate: torsion.AdaTAMW(
+        model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.1, max_grad_norm=1.0
+    ),
     observe=_damping_and_cosine,
     op="adatam_",
 )

@@ -73,36 +73,33 @@ def rate_factor(step: int, steps: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def _timed_step(optimizer: Optimizer, compute: Callable[[], Tensor], run: Run, index: int) -> Tensor:
-    """Make one step and add to the run how long it took, and how long outside the closure, in the optimizer itself."""
+def _timed_step(
+    optimizer: Optimizer, compute: Callable[[], Tensor], prepare: Callable[[], object], run: Run, index: int
+) -> Tensor:
+    """Make one step and add to the run how long it took, and how long of that outside `compute`."""
     on_gpu = run.plan.device.type == "cuda"
-    if on_gpu and index % _SAMPLE_ON_GPU:
-        return _step(optimizer, compute)
+    timed = not on_gpu or index % _SAMPLE_ON_GPU == 0
     inside = 0.0
 
     def now() -> float:
-        if on_gpu:
+        if on_gpu and timed:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def timed() -> Tensor:
+    def closure() -> Any:  # this form fits every optimizer, also those that evaluate the loss several times a step
         nonlocal inside
         begin = now()
         loss = compute()
         inside += now() - begin
+        prepare()
         return loss
 
     begin = now()
-    loss = _step(optimizer, timed)
-    total = now() - begin
-    run.training_ms.append(1e3 * total)
-    run.optimizer_ms.append(1e3 * (total - inside))
-    return loss
-
-
-def _step(optimizer: Optimizer, closure: Callable[[], Any]) -> Tensor:
-    # The closure form fits every optimizer, also those that evaluate the loss several times a step.
     loss: Any = optimizer.step(closure)
+    total = now() - begin
+    if timed:
+        run.training_ms.append(1e3 * total)
+        run.optimizer_ms.append(1e3 * (total - inside))
     assert isinstance(loss, Tensor)
     return loss
 
@@ -128,6 +125,10 @@ def train(plan: Plan, data: Data, progress: Callable[[int, float, float], None],
     observed: dict[str, list[Tensor]] = {}
     evaluate_every = max(1, plan.steps // _EVALUATIONS)
 
+    def prepare() -> None:
+        if plan.arm.after_backward is not None:
+            plan.arm.after_backward(model)
+
     def forward_backward(batch: tuple[Tensor, Tensor]) -> Tensor:
         optimizer.zero_grad()
         loss = data.loss(model, batch)
@@ -136,7 +137,7 @@ def train(plan: Plan, data: Data, progress: Callable[[int, float, float], None],
 
     for index in range(plan.steps):
         rate, batch = float(schedule.get_last_lr()[0]), next(batches)
-        losses.append(_timed_step(optimizer, partial(forward_backward, batch), run, index))
+        losses.append(_timed_step(optimizer, partial(forward_backward, batch), prepare, run, index))
         schedule.step()
         for name, value in plan.arm.observe(optimizer).items():
             observed.setdefault(name, []).append(value.detach().clone())

@@ -1,0 +1,118 @@
+// The optimizer ops on CUDA: arguments in, Runner<Rule>::run on the caller's stream.
+#pragma once
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "engine/arguments.h"
+#include "engine/launch.cuh"
+
+namespace torsion::cuda {
+
+using MaybeTensor = std::optional<Tensor>;
+
+inline cudaStream_t current_stream(int32_t device) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+inline bool is_capturing(cudaStream_t stream) {
+  cudaStreamCaptureStatus status;
+  STD_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
+  return status != cudaStreamCaptureStatusNone;
+}
+
+inline void check_device(const Tensor& t, int32_t device, const char* op, const char* name) {
+  STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == device, op, ": ", name, " must be on cuda:", device,
+                  " with the parameters; move it there with .to()");
+}
+
+template <class Rule>
+void check_devices(const StepTensors& in, const MaybeTensor& sums, int32_t device) {
+  check_device(in.steps, device, Rule::kName, "steps");
+  check_device(in.status, device, Rule::kName, "status");
+  if (in.grad_scale) check_device(*in.grad_scale, device, Rule::kName, "grad_scale");
+  if (in.found_inf) check_device(*in.found_inf, device, Rule::kName, "found_inf");
+  if (sums) check_device(*sums, device, Rule::kName, "sums");
+}
+
+// The image of a table that a graph may replay must never change under it. So a capture of a changed table carries its
+// own image, in memory from the graph's pool, and an image that a graph was captured with is left as it is.
+template <class Rule>
+char* place(Table& table, const MaybeTensor& workspace, MaybeTensor& own, int32_t device, int64_t max_blocks,
+            cudaStream_t stream) {
+  const int64_t bytes = Runner<Rule>::layout(table).end;
+  const bool capturing = is_capturing(stream);
+  char* kept = nullptr;
+  if (workspace) {
+    check_device(*workspace, device, Rule::kName, "workspace");
+    check_vector(*workspace, ScalarType::Byte, bytes, Rule::kName, "workspace");
+    kept = static_cast<char*>(workspace->mutable_data_ptr());
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(kept) % 16 == 0, Rule::kName, ": workspace must be 16-byte aligned");
+  }
+  if (kept && !table.dirty) {
+    if (capturing) table.graph_image = kept;
+    return kept;
+  }
+  const bool lasting = kept && !capturing && kept != table.graph_image;
+  if (!lasting) {
+    own = torch::stable::empty({bytes}, ScalarType::Byte, std::nullopt,
+                               torch::stable::Device(torch::headeronly::DeviceType::CUDA, device));
+    kept = static_cast<char*>(own->mutable_data_ptr());
+  }
+  Runner<Rule>::upload(table, kept, capturing, max_blocks, stream);
+  if (lasting) table.dirty = false;
+  return kept;
+}
+
+template <class Rule>
+void run(Table& table, const StepTensors& in, Phase phase, const MaybeTensor& sums, const MaybeTensor& workspace) {
+  using F = Frame<Rule>;
+  const int32_t device = in.shared.get_device_index();
+  F f{};
+  fill_frame(f, table, in, Rule::kName);
+  check_devices<Rule>(in, sums, device);
+  std::vector<Rate> rates(size_t(table.n_groups));
+  const auto hyper = read_hyper<Rule>(table, in, Rule::kName, [&](size_t group, const Tensor& rate) {
+    check_device(rate, device, Rule::kName, "a learning rate tensor");
+    const bool is_double = rate.scalar_type() == ScalarType::Double;
+    STD_TORCH_CHECK(is_double || rate.scalar_type() == ScalarType::Float, Rule::kName,
+                    ": a learning rate must be float32 or float64");
+    STD_TORCH_CHECK(rate.numel() == 1, Rule::kName, ": a learning rate must be one number, has ", rate.numel());
+    rates[group] = {rate.const_data_ptr(), is_double};
+  });
+  if (phase != Phase::whole) {
+    STD_TORCH_CHECK(sums.has_value(), Rule::kName, ": a split step needs sums");
+    check_vector(*sums, ScalarType::Double, (int64_t(table.n_scopes) + 1) * F::N, Rule::kName, "sums");
+    f.sums = static_cast<double*>(sums->mutable_data_ptr());
+  }
+
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const cudaStream_t stream = current_stream(device);
+  int multiprocessors = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  const int64_t max_blocks = multiprocessors * kBlocksPerMultiprocessor;
+  MaybeTensor own;
+  char* at = place<Rule>(table, workspace, own, device, max_blocks, stream);
+  Runner<Rule>::run(f, table, at, hyper, rates, phase, max_blocks, stream);
+}
+
+// A table for one call. table_of has held every list to its parameters' devices.
+template <class Rule>
+void run_lists(Table& table, const TensorList& params, const StepTensors& in) {
+  for (const Tensor& param : params) check_device(param, in.shared.get_device_index(), Rule::kName, "a parameter");
+  run<Rule>(table, in, Phase::whole, {}, {});
+}
+
+template <class Rule>
+void planned(int64_t table, Tensor shared, Tensor steps, Tensor status, Tensor hyper, TensorList lrs,
+             MaybeTensor grad_scale, MaybeTensor found_inf, std::optional<double> max_grad_norm, int64_t phase,
+             MaybeTensor sums, MaybeTensor workspace) {
+  run<Rule>(*reinterpret_cast<Table*>(table), {shared, steps, status, hyper, lrs, grad_scale, found_inf, max_grad_norm},
+            Phase(phase), sums, workspace);
+}
+
+}  // namespace torsion::cuda

@@ -1,0 +1,150 @@
+// The CUDA runner's host side: where a table lies on the device, how it gets there, and the launches of a step.
+//
+// A step is one reduce and one update launch for each kind (storage type) in the table, whatever the number of tensors;
+// a table that changed costs two copies and one launch more. Everything goes to the caller's stream, nothing waits.
+#pragma once
+#include "engine/cuda.cuh"
+
+namespace torsion::cuda {
+
+// Blocks of a launch: enough waves for the hardware to even out the ends. No result depends on it.
+constexpr int64_t kBlocksPerMultiprocessor = 32;
+
+#ifdef __CUDACC__
+template <int Threads, class... P, class... A>
+void launch(void (*kernel)(P...), int64_t blocks, cudaStream_t stream, const A&... arguments) {
+  kernel<<<unsigned(blocks), Threads, 0, stream>>>(arguments...);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+#endif
+
+struct Rate {  // a learning rate on the device; null: the group's number holds
+  const void* at = nullptr;
+  bool is_double = false;
+};
+
+template <class Rule, int Threads = kThreads>
+struct Runner {
+  using F = Frame<Rule>;
+  using Kernel = void (*)(Launch<Rule>, Numbers<Rule>);
+  using UpdateKernel = void (*)(Launch<Rule>);
+
+  static Layout layout(const Table& t) { return Layout(t, F::N, F::C, F::H); }
+
+  // In a capture the bytes travel in kernel parameters: the copy node of a graph would read the host's memory again at
+  // each replay. Else a copy from pageable memory, which the driver stages before it returns.
+  static void send(const void* from, int64_t bytes, char* to, bool capturing, cudaStream_t stream) {
+    if (!capturing) {
+      if (bytes > 0) STD_CUDA_CHECK(cudaMemcpyAsync(to, from, size_t(bytes), cudaMemcpyHostToDevice, stream));
+      return;
+    }
+    for (int64_t at = 0; at < bytes; at += int64_t(sizeof(Parcel::quad))) {
+      Parcel parcel{};
+      const int64_t part = std::min(bytes - at, int64_t(sizeof(Parcel::quad)));
+      memcpy(parcel.quad, static_cast<const char*>(from) + at, size_t(part));
+      parcel.quads = int32_t((part + 15) / 16);
+      launch<Threads>(parcel_kernel<Threads>, 1, stream, parcel, reinterpret_cast<uint4*>(to + at));
+    }
+  }
+
+  static void upload(const Table& t, char* workspace, bool capturing, int64_t max_blocks, cudaStream_t stream) {
+    const Layout at = layout(t);
+    send(t.rows.data(), int64_t(t.rows.size() * sizeof(Row)), workspace + at.rows, capturing, stream);
+    send(t.scope_first.data(), int64_t(t.scope_first.size() * 4), workspace + at.scope_first, capturing, stream);
+    launch<Threads>(expand_kernel<Threads>, blocks_for(int64_t(t.rows.size()), max_blocks), stream,
+                    reinterpret_cast<const Row*>(workspace + at.rows), int64_t(t.rows.size()),
+                    reinterpret_cast<Piece*>(workspace + at.pieces),
+                    reinterpret_cast<unsigned*>(workspace + at.ticket));
+  }
+
+  // Points the frame's arrays into the workspace.
+  static Launch<Rule> bind(F f, const Table& t, char* workspace) {
+    const Layout at = layout(t);
+    f.rows = reinterpret_cast<const Row*>(workspace + at.rows);
+    f.pieces = reinterpret_cast<const Piece*>(workspace + at.pieces);
+    f.scope_first = reinterpret_cast<const int32_t*>(workspace + at.scope_first);
+    f.n_rows = int32_t(t.rows.size());
+    f.n_scopes = t.n_scopes;
+    f.partial = reinterpret_cast<double*>(workspace + at.partial);
+    f.row_sums = reinterpret_cast<double*>(workspace + at.row_sums);
+    if (!f.sums) f.sums = reinterpret_cast<double*>(workspace + at.sums);
+    f.coefficients = reinterpret_cast<typename F::Coefficients*>(workspace + at.coefficients);
+    Launch<Rule> l{};
+    l.frame = f;
+    l.hyper = reinterpret_cast<typename Rule::Hyper*>(workspace + at.hyper);
+    l.ticket = reinterpret_cast<unsigned*>(workspace + at.ticket);
+    return l;
+  }
+
+  // frame.sums is the caller's tensor in a split step, else null.
+  static void run(const F& frame, const Table& t, char* workspace, const std::vector<typename Rule::Hyper>& hyper,
+                  const std::vector<Rate>& rates, Phase phase, int64_t max_blocks, cudaStream_t stream) {
+    Launch<Rule> l = bind(frame, t, workspace);
+    const Numbers<Rule> numbers = pass_numbers(hyper, rates, l.hyper, stream);
+    const Finish last = phase == Phase::whole ? Finish::step : phase == Phase::reduce ? Finish::sums : Finish::scalars;
+    const int last_kind = last_kind_of(t);
+    if (phase == Phase::update || last_kind < 0) {
+      l.finish = last;
+      launch<Threads>(finalize_kernel<Rule, Threads>, 1, stream, l, numbers);
+    } else {
+      for (int kind = 0; kind <= last_kind; ++kind) {
+        if (!take_kind(l, t, kind)) continue;
+        l.finish = kind == last_kind ? last : Finish::nothing;
+        launch<Threads>(kReduce[kind], blocks_for(l.pieces, max_blocks), stream, l, numbers);
+      }
+    }
+    if (phase == Phase::reduce) return;
+    for (int kind = last_kind; kind >= 0; --kind)
+      if (take_kind(l, t, kind)) launch<Threads>(kUpdate[kind], blocks_for(l.pieces, max_blocks), stream, l);
+  }
+
+ private:
+  static constexpr Kernel kReduce[kKinds] = {reduce_kernel<Rule, F32, Threads>,  reduce_kernel<Rule, F64, Threads>,
+                                             reduce_kernel<Rule, BF16, Threads>, reduce_kernel<Rule, F16, Threads>,
+                                             reduce_kernel<Rule, BF16, Threads>, reduce_kernel<Rule, F16, Threads>};
+  static constexpr UpdateKernel kUpdate[kKinds] = {
+      update_kernel<Rule, F32, Nearest, Threads>,     update_kernel<Rule, F64, Nearest, Threads>,
+      update_kernel<Rule, BF16, Nearest, Threads>,    update_kernel<Rule, F16, Nearest, Threads>,
+      update_kernel<Rule, BF16, Stochastic, Threads>, update_kernel<Rule, F16, Stochastic, Threads>};
+
+  static int64_t blocks_for(int64_t work, int64_t max_blocks) {
+    return std::max<int64_t>(1, std::min(work, max_blocks));
+  }
+
+  static int last_kind_of(const Table& t) {
+    int kind = kKinds - 1;
+    while (kind >= 0 && t.kind_first[kind] == t.kind_first[kind + 1]) --kind;
+    return kind;
+  }
+
+  static bool take_kind(Launch<Rule>& l, const Table& t, int kind) {
+    l.first = t.kind_first[kind];
+    l.pieces = t.kind_first[kind + 1] - l.first;
+    return l.pieces > 0;
+  }
+
+  static Numbers<Rule> pack(const std::vector<typename Rule::Hyper>& hyper, const std::vector<Rate>& rates,
+                            size_t first, size_t count) {
+    Numbers<Rule> n{};
+    n.first = int32_t(first);
+    n.groups = int32_t(count);
+    for (size_t g = 0; g < count; ++g) {
+      n.value[g] = hyper[first + g];
+      n.rate[g] = rates[first + g].at;
+      n.rate_is_double |= uint32_t(rates[first + g].is_double) << g;
+    }
+    return n;
+  }
+
+  static Numbers<Rule> pass_numbers(const std::vector<typename Rule::Hyper>& hyper, const std::vector<Rate>& rates,
+                                    typename Rule::Hyper* device, cudaStream_t stream) {
+    constexpr size_t most = Numbers<Rule>::kGroups;
+    if (hyper.size() <= most) return pack(hyper, rates, 0, hyper.size());
+    for (size_t first = 0; first < hyper.size(); first += most)
+      launch<Threads>(resolve_kernel<Rule, Threads>, 1, stream,
+                      pack(hyper, rates, first, std::min(most, hyper.size() - first)), device);
+    return {};
+  }
+};
+
+}  // namespace torsion::cuda

@@ -1,0 +1,120 @@
+"""Checkpoints: torsion's own and those of torch's SGD, Adam and AdamW, checked as a whole before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torsion.optim import _layout, _sharding
+
+_REFUSED = {"nesterov": False, "dampening": 0, "amsgrad": False}
+
+
+def merged_groups(
+    saved: Any, current: list[dict[str, Any]], own: tuple[str, ...], cls: str
+) -> list[dict[str, Any]]:
+    """The groups after a load: saved values over current ones, except ``own`` keys and the parameters.
+
+    Raises:
+        ValueError: groups do not fit, or hold a setting the method does not have.
+    """
+    if not isinstance(saved, list) or not all(isinstance(g, Mapping) and "params" in g for g in saved):
+        raise ValueError(f"{cls}: the checkpoint's param_groups are damaged; it must come from an optimizer's state_dict()")
+    if len(saved) != len(current):
+        raise ValueError(
+            f"{cls}: the checkpoint has {len(saved)} parameter groups, this optimizer {len(current)}; build it with the same groups"
+        )
+    groups = []
+    for i, (old, new) in enumerate(zip(current, saved, strict=True)):
+        if len(old["params"]) != len(new["params"]):
+            raise ValueError(
+                f"{cls}: group {i} has {len(new['params'])} parameters in the checkpoint and {len(old['params'])} here; "
+                "build the optimizer for the same model"
+            )
+        for name, plain in _REFUSED.items():
+            if new.get(name, plain) not in (plain, None):
+                raise ValueError(
+                    f"{cls}: group {i} of the checkpoint has {name}={new[name]!r}, which {cls} cannot continue; "
+                    f"load it into the torch optimizer it came from, or set {name}={plain!r} in the checkpoint"
+                )
+        kept = {k: v for k, v in new.items() if k not in own and k != "params"}
+        groups.append({**old, **kept})
+    return groups
+
+
+def converted_state(
+    name: str,
+    param: Tensor,
+    saved: Any,
+    states: tuple[str, ...],
+    cls: str,
+) -> dict[str, Any]:
+    """One parameter's state from a checkpoint, in this optimizer's dtypes and the parameter's layout.
+
+    State is float32 for low-precision parameters whatever torch would cast it to. A missing ``step`` counts as one step
+    taken, so that ``init="clone"`` does not seed again; a missing ``correlation`` is 0. Other keys are kept.
+
+    Raises:
+        ValueError: keys are missing or a shape is wrong.
+    """
+    if not isinstance(saved, Mapping):
+        raise ValueError(f"{name}: the checkpoint holds {type(saved).__name__} as its state, {cls} needs a dictionary")
+    missing = [key for key in states if key not in saved]
+    if all(saved.get(key) is None for key in states) and (not missing or not saved):
+        return {}  # torch.optim.SGD before its first step, or without momentum
+    if missing or any(not isinstance(saved[key], Tensor) for key in states):
+        raise ValueError(
+            f"{name}: the checkpoint's state has {sorted(map(str, saved))}, {cls} needs tensors {list(states)}; "
+            "load a checkpoint of the same family of optimizers"
+        )
+    dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+    result: dict[str, Any] = {"step": _scalar(name, "step", saved.get("step"), 1.0, cls)}
+    for key, value in saved.items():
+        if key in states:
+            result[key] = _like(name, key, param, value, dtype, cls)
+        elif key not in ("step", "correlation"):
+            result[key] = value.to(param.device) if isinstance(value, Tensor) else value
+    result["correlation"] = _scalar(name, "correlation", saved.get("correlation"), 0.0, cls)
+    return result
+
+
+def _scalar(name: str, key: str, value: Any, default: float, cls: str) -> Tensor:
+    if value is None:
+        return torch.tensor(default, dtype=torch.float64)
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.detach().reshape(()).clone()
+    if isinstance(value, (int, float)):
+        return torch.tensor(float(value), dtype=torch.float64)
+    raise ValueError(f"{name}: the checkpoint's {key} is not one number; {cls} cannot continue from it")
+
+
+def _like(name: str, key: str, param: Tensor, value: Tensor, dtype: torch.dtype, cls: str) -> Tensor:
+    if value.shape != param.shape:
+        raise ValueError(
+            f"{name}: {key} has shape {tuple(value.shape)} in the checkpoint, the parameter {tuple(param.shape)}; "
+            f"{cls} needs the checkpoint of the same model"
+        )
+    with torch.no_grad():
+        if _sharding.is_dtensor(param) and not _sharding.is_dtensor(value):
+            raise ValueError(
+                f"{name}: {key} is a plain tensor in the checkpoint and the parameter is sharded; "
+                "load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+            )
+        value = value.detach().to(device=param.device, dtype=dtype, copy=True)
+        plain, model = _sharding.local(value), _sharding.local(param)
+        if plain is value and _layout.is_dense(model):
+            return _layout.laid_out_as(plain, model)
+        return value if plain is not value else value.contiguous()
+
+
+def unshared(state: dict[Any, Any], map_tensor: Callable[[Tensor], Tensor] = torch.Tensor.clone) -> dict[Any, Any]:
+    """``state`` with scalars of their own: torch's optimizers count a ``step`` once per parameter."""
+    return {
+        pid: {k: map_tensor(v) if k in ("step", "correlation") and isinstance(v, Tensor) else v for k, v in entry.items()}
+        if isinstance(entry, dict)
+        else entry
+        for pid, entry in state.items()
+    }

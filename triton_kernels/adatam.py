@@ -1,0 +1,198 @@
+"""AdaTAM and AdaTAMW: TAM's damped momentum as the first moment of Adam (arXiv 2412.18790).
+
+    s, s^ as in tam.py, from m and the raw gradient
+    m = beta1 m + (eps_damping + (1 + s^) / 2) (g + weight_decay theta)      heavy ball: no (1 - beta1)
+    v = beta2 v + (1 - beta2) g^2                                            raw, undamped
+    theta -= lr m / (sqrt(v / (1 - beta2^t)) + eps)                          the correction only with bias_correction
+    AdaTAMW: theta *= 1 - lr weight_decay first, and m takes g alone
+
+float32 bytes per element: reduce reads g, m (8); update reads theta, g, m, v and writes theta, m, v (28). bfloat16: 6
+and 22. The twin of ``csrc/rules/adatam.h``, operation by operation: square root and division are rounded to nearest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import engine
+from .engine import Rule, advance, decide, gradient_factor, open_piece, rates, stream
+from .philox import noise_of_blocks, noise_of_elements
+from .storage import nearest, stochastic, widen
+from .table import (
+    GRAD,
+    PARAM,
+    ROW_GROUP,
+    ROW_KEY,
+    ROW_SCOPE,
+    ROW_SLOT,
+    ROW_WIDTH,
+    SECOND_STATE,
+    SEED,
+    STATE,
+)
+
+if TYPE_CHECKING:
+    from torsion.ops._frame import Step
+
+# Columns of `hyper` after the common ones, and of the coefficients.
+BETA1 = tl.constexpr(6)
+BETA2 = tl.constexpr(7)
+EPS = tl.constexpr(8)
+DECAY = tl.constexpr(9)
+EPS_DAMPING = tl.constexpr(10)
+BIAS_CORRECTION = tl.constexpr(11)
+HYPER = tl.constexpr(12)
+COEFFICIENTS = tl.constexpr(10)
+NEVER_CLONES = -1
+
+
+@triton.jit
+def _power(base, exponent):
+    """``base`` (float64, not negative) to a power of at least 1; exact for 1, where bias correction is largest."""
+    power = tl.exp(exponent.to(tl.float64) * tl.log(tl.where(base > 0, base, 1.0)))
+    return tl.where(exponent == 1, base, tl.where(base > 0, power, 0.0))
+
+
+@triton.jit
+def finalize_kernel(
+    sums, rows, scope_group, numbers, shared, steps, status, found_inf, coefficients, n_rows, n_scopes, n_groups,
+    H: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    skip, clip = decide(sums + n_scopes.to(tl.int64) * 3, numbers + n_groups * H, found_inf, status)
+    if skip:
+        return
+    advance(sums, scope_group, numbers, shared, n_scopes, H, DECAY, TILE)
+    tl.debug_barrier()  # coefficients come from `shared` as it is stored, so that a resumed run gives the same
+    for at in range(0, n_rows, TILE):
+        row = (at + tl.arange(0, TILE)).to(tl.int64)
+        k = row < n_rows
+        record = rows + row * ROW_WIDTH
+        hyper = numbers + tl.load(record + ROW_GROUP, mask=k, other=0) * H
+        step = steps + tl.load(record + ROW_SLOT, mask=k, other=0)
+        damping = tl.load(shared + tl.load(record + ROW_SCOPE, mask=k, other=0) * 3 + 2, mask=k, other=0)
+        now = tl.load(step, mask=k, other=0) + 1
+        tl.store(step, now, mask=k)
+        lr, coupled, shrink = rates(hyper, k)
+        damping = tl.load(hyper + EPS_DAMPING, mask=k, other=0) + damping.to(tl.float64)
+        beta2 = tl.load(hyper + BETA2, mask=k, other=0)
+        corrects = tl.load(hyper + BIAS_CORRECTION, mask=k, other=0) != 0
+        out = coefficients + row * COEFFICIENTS
+        tl.store(out, tl.load(hyper + BETA1, mask=k, other=0), mask=k)
+        tl.store(out + 1, damping, mask=k)
+        tl.store(out + 2, tl.zeros([TILE], tl.float64) + clip, mask=k)
+        tl.store(out + 3, coupled, mask=k)
+        tl.store(out + 4, beta2, mask=k)
+        tl.store(out + 5, 1 - beta2, mask=k)
+        tl.store(out + 6, tl.where(corrects, 1 / tl.sqrt(1 - _power(beta2, now)), 1.0), mask=k)
+        tl.store(out + 7, tl.load(hyper + EPS, mask=k, other=0), mask=k)
+        tl.store(out + 8, lr, mask=k)
+        tl.store(out + 9, shrink, mask=k)
+
+
+@triton.jit
+def _coefficients(coefficients, row, MATHS: tl.constexpr):
+    c = coefficients + row.to(tl.int64) * COEFFICIENTS
+    return (
+        tl.load(c).to(MATHS), tl.load(c + 1).to(MATHS), tl.load(c + 2).to(MATHS), tl.load(c + 3).to(MATHS),
+        tl.load(c + 4).to(MATHS), tl.load(c + 5).to(MATHS), tl.load(c + 6).to(MATHS), tl.load(c + 7).to(MATHS),
+        tl.load(c + 8).to(MATHS), tl.load(c + 9).to(MATHS),
+    )  # fmt: skip
+
+
+@triton.jit
+def _update(param, grad, m, v, pre, c, KIND: tl.constexpr):
+    beta1, damping, clip, coupled, beta2, one_minus_beta2, rsqrt_correction, eps, lr, shrink = c
+    theta = widen(param, KIND)
+    g = clip * (widen(grad, KIND) * pre)
+    m = beta1 * m + damping * (g + coupled * theta)
+    v = beta2 * v + one_minus_beta2 * g * g
+    # Plain sqrt and / are approximate in float32.
+    if KIND == "f64":
+        quotient = m / (tl.sqrt(v) * rsqrt_correction + eps)
+    else:
+        quotient = tl.div_rn(m, tl.sqrt_rn(v) * rsqrt_correction + eps)
+    return shrink * theta - lr * quotient, m, v
+
+
+@triton.jit
+def update_kernel(
+    rows, pieces, coefficients, numbers, steps, grad_scale, status,
+    KIND: tl.constexpr, STOCHASTIC: tl.constexpr, WORD: tl.constexpr, MATHS: tl.constexpr, H: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    if tl.load(status + 2) != 0:
+        return
+    row, record, begin, whole, end = open_piece(rows, pieces, BLOCK)
+    pre = gradient_factor(record, numbers, grad_scale, H).to(MATHS)
+    c = _coefficients(coefficients, row, MATHS)
+    if STOCHASTIC:
+        slot = tl.load(record + ROW_SLOT)
+        step = tl.load(steps + slot).to(tl.uint32)
+        seed = tl.load(numbers + tl.load(record + ROW_GROUP) * H + SEED).to(tl.int64)
+        element = tl.load(record + ROW_KEY) + begin
+    lane = tl.arange(0, BLOCK)
+    params = stream(record, PARAM, begin, WORD, True)
+    grads = stream(record, GRAD, begin, WORD, True)
+    moments = stream(record, STATE, begin, MATHS, True)
+    squares = stream(record, SECOND_STATE, begin, MATHS, True)
+    for at in range(0, whole, BLOCK):
+        i = at + lane
+        theta, m, v = _update(
+            tl.load(params + i), tl.load(grads + i), tl.load(moments + i), tl.load(squares + i), pre, c, KIND
+        )
+        tl.store(moments + i, m)
+        tl.store(squares + i, v)
+        if STOCHASTIC:
+            noise = noise_of_blocks(seed, element + at, step, slot.to(tl.uint32), BLOCK)
+            tl.store(params + i, stochastic(theta, noise, KIND))
+        else:
+            tl.store(params + i, nearest(theta, KIND))
+    params = stream(record, PARAM, begin, WORD, False)
+    grads = stream(record, GRAD, begin, WORD, False)
+    moments = stream(record, STATE, begin, MATHS, False)
+    squares = stream(record, SECOND_STATE, begin, MATHS, False)
+    for at in range(whole, end, BLOCK):
+        i = at + lane
+        k = i < end
+        theta, m, v = _update(
+            tl.load(params + i, mask=k), tl.load(grads + i, mask=k),
+            tl.load(moments + i, mask=k), tl.load(squares + i, mask=k), pre, c, KIND,
+        )  # fmt: skip
+        tl.store(moments + i, m, mask=k)
+        tl.store(squares + i, v, mask=k)
+        if STOCHASTIC:
+            noise = noise_of_elements(seed, element + i, step, slot.to(tl.uint32))
+            tl.store(params + i, stochastic(theta, noise, KIND), mask=k)
+        else:
+            tl.store(params + i, nearest(theta, KIND), mask=k)
+
+
+RULE = Rule("adatam", 2, HYPER.value, NEVER_CLONES, DECAY.value, COEFFICIENTS.value, finalize_kernel, update_kernel)
+
+
+def reduce(step: Step) -> Tensor:
+    """Sums of the step's tensors, float64 ``[S + 1, 3]``: <m, g>, |g|^2, |m|^2 by scope, then over all tensors.
+
+    Processes that share a step add these up.
+    """
+    return engine.reduce(RULE, step)
+
+
+def apply_(step: Step, sums: Tensor) -> None:
+    """The rest of the step from the sums over all processes: decides, advances the scopes, updates in place."""
+    engine.apply_(RULE, step, sums)
+
+
+def step_(step: Step) -> None:
+    """A whole step, in place."""
+    engine.step_(RULE, step)
+
+
+def audit_cases() -> Iterator[dict[str, Any]]:
+    """What to compile without a GPU; see :func:`torsion.triton_kernels.engine.audit_cases`."""
+    return engine.audit_cases(RULE)

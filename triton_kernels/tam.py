@@ -1,0 +1,166 @@
+"""TAM: heavy-ball momentum whose gradient is damped by its angle to the momentum (arXiv 2412.18790).
+
+    s  = <m, g> / (|m| |g|)               over the scope, 0 if either norm is 0
+    s^ = decay s^ + (1 - decay) s
+    m  = momentum m + (eps_damping + (1 + s^) / 2) (g + weight_decay theta)
+    theta -= lr m                          decoupled: theta *= 1 - lr weight_decay first, and m takes g alone
+
+float32 bytes per element: reduce reads g, m (8); update reads theta, g, m and writes theta, m (20). bfloat16: 6 and 14.
+The twin of ``csrc/rules/tam.h``, operation by operation, so that both give the same bits from the same sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import engine
+from .engine import Rule, advance, decide, gradient_factor, open_piece, rates, stream
+from .philox import noise_of_blocks, noise_of_elements
+from .storage import nearest, stochastic, widen
+from .table import (
+    GRAD,
+    PARAM,
+    ROW_GROUP,
+    ROW_KEY,
+    ROW_SCOPE,
+    ROW_SLOT,
+    ROW_WIDTH,
+    SEED,
+    STATE,
+)
+
+if TYPE_CHECKING:
+    from torsion.ops._frame import Step
+
+# Columns of `hyper` after the common ones, and of the coefficients.
+MOMENTUM = tl.constexpr(6)
+DECAY = tl.constexpr(7)
+EPS_DAMPING = tl.constexpr(8)
+CLONE = tl.constexpr(9)
+HYPER = tl.constexpr(10)
+COEFFICIENTS = tl.constexpr(6)
+
+
+@triton.jit
+def finalize_kernel(
+    sums, rows, scope_group, numbers, shared, steps, status, found_inf, coefficients, n_rows, n_scopes, n_groups,
+    H: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    skip, clip = decide(sums + n_scopes.to(tl.int64) * 3, numbers + n_groups * H, found_inf, status)
+    if skip:
+        return
+    advance(sums, scope_group, numbers, shared, n_scopes, H, DECAY, TILE)
+    tl.debug_barrier()  # coefficients come from `shared` as it is stored, so that a resumed run gives the same
+    for at in range(0, n_rows, TILE):
+        row = (at + tl.arange(0, TILE)).to(tl.int64)
+        k = row < n_rows
+        record = rows + row * ROW_WIDTH
+        hyper = numbers + tl.load(record + ROW_GROUP, mask=k, other=0) * H
+        step = steps + tl.load(record + ROW_SLOT, mask=k, other=0)
+        damping = tl.load(shared + tl.load(record + ROW_SCOPE, mask=k, other=0) * 3 + 2, mask=k, other=0)
+        taken = tl.load(step, mask=k, other=0)
+        first = (taken == 0) & (tl.load(hyper + CLONE, mask=k, other=0) != 0)
+        tl.store(step, taken + 1, mask=k)
+        lr, coupled, shrink = rates(hyper, k)
+        damping = tl.load(hyper + EPS_DAMPING, mask=k, other=0) + damping.to(tl.float64)
+        out = coefficients + row * COEFFICIENTS
+        tl.store(out, tl.where(first, 0.0, tl.load(hyper + MOMENTUM, mask=k, other=0)), mask=k)
+        tl.store(out + 1, tl.where(first, 1.0, damping), mask=k)
+        tl.store(out + 2, tl.zeros([TILE], tl.float64) + clip, mask=k)
+        tl.store(out + 3, coupled, mask=k)
+        tl.store(out + 4, lr, mask=k)
+        tl.store(out + 5, shrink, mask=k)
+
+
+@triton.jit
+def _coefficients(coefficients, row, MATHS: tl.constexpr):
+    c = coefficients + row.to(tl.int64) * COEFFICIENTS
+    return (
+        tl.load(c).to(MATHS), tl.load(c + 1).to(MATHS), tl.load(c + 2).to(MATHS),
+        tl.load(c + 3).to(MATHS), tl.load(c + 4).to(MATHS), tl.load(c + 5).to(MATHS),
+    )  # fmt: skip
+
+
+@triton.jit
+def _update(param, grad, m, pre, c, KIND: tl.constexpr):
+    momentum, damping, clip, coupled, lr, shrink = c
+    theta = widen(param, KIND)
+    m = momentum * m + damping * (clip * (widen(grad, KIND) * pre) + coupled * theta)
+    return shrink * theta - lr * m, m
+
+
+@triton.jit
+def update_kernel(
+    rows, pieces, coefficients, numbers, steps, grad_scale, status,
+    KIND: tl.constexpr, STOCHASTIC: tl.constexpr, WORD: tl.constexpr, MATHS: tl.constexpr, H: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    if tl.load(status + 2) != 0:
+        return
+    row, record, begin, whole, end = open_piece(rows, pieces, BLOCK)
+    pre = gradient_factor(record, numbers, grad_scale, H).to(MATHS)
+    c = _coefficients(coefficients, row, MATHS)
+    if STOCHASTIC:
+        slot = tl.load(record + ROW_SLOT)
+        step = tl.load(steps + slot).to(tl.uint32)
+        seed = tl.load(numbers + tl.load(record + ROW_GROUP) * H + SEED).to(tl.int64)
+        element = tl.load(record + ROW_KEY) + begin
+    lane = tl.arange(0, BLOCK)
+    params = stream(record, PARAM, begin, WORD, True)
+    grads = stream(record, GRAD, begin, WORD, True)
+    states = stream(record, STATE, begin, MATHS, True)
+    for at in range(0, whole, BLOCK):
+        i = at + lane
+        theta, m = _update(tl.load(params + i), tl.load(grads + i), tl.load(states + i), pre, c, KIND)
+        tl.store(states + i, m)
+        if STOCHASTIC:
+            noise = noise_of_blocks(seed, element + at, step, slot.to(tl.uint32), BLOCK)
+            tl.store(params + i, stochastic(theta, noise, KIND))
+        else:
+            tl.store(params + i, nearest(theta, KIND))
+    params = stream(record, PARAM, begin, WORD, False)
+    grads = stream(record, GRAD, begin, WORD, False)
+    states = stream(record, STATE, begin, MATHS, False)
+    for at in range(whole, end, BLOCK):
+        i = at + lane
+        k = i < end
+        theta, m = _update(
+            tl.load(params + i, mask=k), tl.load(grads + i, mask=k), tl.load(states + i, mask=k), pre, c, KIND
+        )
+        tl.store(states + i, m, mask=k)
+        if STOCHASTIC:
+            noise = noise_of_elements(seed, element + i, step, slot.to(tl.uint32))
+            tl.store(params + i, stochastic(theta, noise, KIND), mask=k)
+        else:
+            tl.store(params + i, nearest(theta, KIND), mask=k)
+
+
+RULE = Rule("tam", 1, HYPER.value, CLONE.value, DECAY.value, COEFFICIENTS.value, finalize_kernel, update_kernel)
+
+
+def reduce(step: Step) -> Tensor:
+    """Sums of the step's tensors, float64 ``[S + 1, 3]``: <m, g>, |g|^2, |m|^2 by scope, then over all tensors.
+
+    Tensors at their first step under ``clone`` are in the last row only. Processes that share a step add these up.
+    """
+    return engine.reduce(RULE, step)
+
+
+def apply_(step: Step, sums: Tensor) -> None:
+    """The rest of the step from the sums over all processes: decides, advances the scopes, updates in place."""
+    engine.apply_(RULE, step, sums)
+
+
+def step_(step: Step) -> None:
+    """A whole step, in place."""
+    engine.step_(RULE, step)
+
+
+def audit_cases() -> Iterator[dict[str, Any]]:
+    """What to compile without a GPU; see :func:`torsion.triton_kernels.engine.audit_cases`."""
+    return engine.audit_cases(RULE)
