@@ -136,7 +136,7 @@ def install(requirements: list[str], what: str) -> None:
     wanted = missing(requirements)
     if not wanted:
         return
-    print(f"torsion: installing {' '.join(wanted)}", flush=True)
+    print(f"torsion: installing {' '.join(text.split(';')[0] for text in wanted)}", flush=True)
     command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "-qq", *wanted]
     command += [f"{kept}=={installed(kept)}" for kept in ("torch", "triton") if installed(kept)]
     if subprocess.run(command).returncode == 0:

@@ -65,6 +65,13 @@ def test_an_unwritable_directory_is_refused_before_any_work(capsys, tmp_path):
     assert "writable" in line
 
 
+def test_an_impossible_back_end_is_refused(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORSION_BACKEND", "abacus")
+    line = _refused(capsys, "demo", "--out", str(tmp_path))
+    assert "TORSION_BACKEND" in line
+    assert "reference" in line
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_cuda_without_a_gpu_is_refused(capsys):
     assert "--device cpu" in _refused(capsys, "demo", "--device", "cuda")

@@ -23,7 +23,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .storage import widen
 from .table import (
     CHUNK,
     DECOUPLED,
@@ -47,68 +46,61 @@ if TYPE_CHECKING:
     from torsion.ops._frame import Step
 
 
+# The interpreter takes a millisecond for each call of a @triton.jit function: hence few small helpers, and addresses
+# taken from a record in place. tl.multiple_of stands after the cast to a pointer: before it, Triton forgets it.
+# Counts are never specialized: a count of 1 would be a Python int in the kernel, and compile anew.
+
+
 @triton.jit
-def open_piece(rows, pieces, BLOCK: tl.constexpr):
-    """The chunk of this program: row, its record, first element, end of the vector part, end; both ends relative."""
+def open_piece(rows, pieces, numbers, grad_scale, H: tl.constexpr, BLOCK: tl.constexpr):
+    """The chunk of this program.
+
+    Returns its row, the row's record and hyper-parameters; the chunk's first element; where, counted from there, the
+    part for 128-bit accesses and the chunk end; the factor of a gradient at its load: 1 / grad_scale, or minus that.
+    """
     piece = pieces + tl.program_id(0).to(tl.int64) * 4
-    row = tl.load(piece)
+    row = tl.load(piece).to(tl.int64)
     begin = tl.load(piece + 1).to(tl.int64) * CHUNK
-    record = rows + row.to(tl.int64) * ROW_WIDTH
+    record = rows + row * ROW_WIDTH
     end = tl.minimum(tl.load(record + ROW_N) - begin, CHUNK).to(tl.int32)
     whole = tl.where(tl.load(record + ROW_VECTOR) != 0, end - end % BLOCK, 0)
-    return row, record, begin, whole, end
-
-
-@triton.jit
-def stream(record, at: tl.constexpr, begin, WORD: tl.constexpr, ALIGNED: tl.constexpr):
-    """Where a stream's chunk begins. The hint stands after the cast: before it, Triton forgets it."""
-    base = tl.load(record + at).to(tl.pointer_type(WORD))
-    if ALIGNED:
-        base = tl.multiple_of(base, 16)
-    return base + begin
-
-
-@triton.jit
-def gradient_factor(record, numbers, grad_scale, H: tl.constexpr):
-    """What a gradient is multiplied by at its load: 1 / grad_scale, negated by maximize."""
+    hyper = numbers + tl.load(record + ROW_GROUP) * H
     inverse = 1.0 / tl.load(grad_scale).to(tl.float64)
-    maximize = tl.load(numbers + tl.load(record + ROW_GROUP) * H + MAXIMIZE)
-    return tl.where(maximize != 0, -inverse, inverse)
+    return row, record, hyper, begin, whole, end, tl.where(tl.load(hyper + MAXIMIZE) != 0, -inverse, inverse)
 
 
 @triton.jit
-def _products(grad, state, pre, KIND: tl.constexpr):
+def _products(grad, state, pre, MATHS: tl.constexpr):
     # Products of two float32 are exact in float64.
-    g = (widen(grad, KIND) * pre).to(tl.float64)
+    g = (grad.to(MATHS) * pre).to(tl.float64)
     m = state.to(tl.float64)
     return m * g, g * g, m * m
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_pieces"])
 def reduce_kernel(
     rows, pieces, partial, n_pieces, numbers, steps, grad_scale,
-    KIND: tl.constexpr, WORD: tl.constexpr, MATHS: tl.constexpr, H: tl.constexpr, CLONE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    WORD: tl.constexpr, MATHS: tl.constexpr, H: tl.constexpr, CLONE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, record, begin, whole, end = open_piece(rows, pieces, BLOCK)
-    pre = gradient_factor(record, numbers, grad_scale, H).to(MATHS)
+    _row, record, hyper, begin, whole, end, pre = open_piece(rows, pieces, numbers, grad_scale, H, BLOCK)
+    pre = pre.to(MATHS)
     lane = tl.arange(0, BLOCK)
     mg = tl.zeros([BLOCK], tl.float64)
     gg = tl.zeros([BLOCK], tl.float64)
     mm = tl.zeros([BLOCK], tl.float64)
-    grads = stream(record, GRAD, begin, WORD, True)
-    states = stream(record, STATE, begin, MATHS, True)
+    grads = tl.multiple_of(tl.load(record + GRAD).to(tl.pointer_type(WORD)), 16) + begin
+    states = tl.multiple_of(tl.load(record + STATE).to(tl.pointer_type(MATHS)), 16) + begin
     for at in range(0, whole, BLOCK):
-        a, b, c = _products(tl.load(grads + at + lane), tl.load(states + at + lane), pre, KIND)
+        a, b, c = _products(tl.load(grads + at + lane), tl.load(states + at + lane), pre, MATHS)
         mg += a
         gg += b
         mm += c
-    grads = stream(record, GRAD, begin, WORD, False)
-    states = stream(record, STATE, begin, MATHS, False)
+    grads = tl.load(record + GRAD).to(tl.pointer_type(WORD)) + begin
+    states = tl.load(record + STATE).to(tl.pointer_type(MATHS)) + begin
     for at in range(whole, end, BLOCK):
         k = at + lane < end
         grad = tl.load(grads + at + lane, mask=k, other=0)
-        a, b, c = _products(grad, tl.load(states + at + lane, mask=k, other=0), pre, KIND)
+        a, b, c = _products(grad, tl.load(states + at + lane, mask=k, other=0), pre, MATHS)
         mg += a
         gg += b
         mm += c
@@ -116,7 +108,7 @@ def reduce_kernel(
     if CLONE >= 0:
         # A tensor that only seeds its momentum stays out of its scope's cosine, not out of the norm.
         first = tl.load(steps + tl.load(record + ROW_SLOT)) == 0
-        clones = tl.load(numbers + tl.load(record + ROW_GROUP) * H + CLONE) != 0
+        clones = tl.load(hyper + CLONE) != 0
         counts = tl.where(first & clones, 0.0, 1.0)
     weight = tl.load(record + ROW_WEIGHT).to(tl.float64, bitcast=True)
     place = partial + tl.load(pieces + tl.program_id(0).to(tl.int64) * 4 + 2)
@@ -127,11 +119,12 @@ def reduce_kernel(
     tl.store(place + 3 * n, counts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_pieces"])
 def add_up_kernel(partial, piece_first, n_pieces, sums, BLOCK: tl.constexpr):
     """Program s adds up the chunks of scope s that count there; the last one those of every tensor."""
     scope = tl.program_id(0)
     is_all = scope == tl.num_programs(0) - 1
+    whatever = tl.where(is_all, 1.0, 0.0)
     end = tl.load(piece_first + tl.minimum(scope + 1, tl.num_programs(0) - 1))
     begin = tl.where(is_all, 0, tl.load(piece_first + scope))
     n = n_pieces.to(tl.int64)
@@ -142,7 +135,7 @@ def add_up_kernel(partial, piece_first, n_pieces, sums, BLOCK: tl.constexpr):
     for at in range(begin, end, BLOCK):
         p = partial + at + lane
         k = at + lane < end
-        k = k & ((tl.load(p + 3 * n, mask=k, other=0) != 0) | is_all)
+        k = k & (tl.load(p + 3 * n, mask=k, other=0) + whatever > 0)
         mg += tl.load(p, mask=k, other=0)
         gg += tl.load(p + n, mask=k, other=0)
         mm += tl.load(p + 2 * n, mask=k, other=0)
@@ -206,12 +199,14 @@ def rates(hyper, k):
     return lr, tl.where(decoupled, 0.0, decay), tl.where(decoupled, 1 - lr * decay, 1.0)
 
 
-# One block of elements per thread and loop turn: 1024 by 256 threads keep four each, one 128-bit access in float32. The
-# interpreter pays per operation, not per element. Tests may set another power of two.
+# BLOCK elements a loop turn of reduce and update: with 256 threads four each, one 128-bit access in float32; eight would
+# double the registers. The interpreter pays per operation, not per element; tests may set another power of two.
+# TILE chunks, rows or scopes a turn of the others. None below the number of threads: Triton may repeat the load of a smaller
+# tensor, and where the result is stored in place the second load could come too late.
 INTERPRETED = not isinstance(reduce_kernel, triton.runtime.JITFunction)
+WARPS = 8
 BLOCK = 4096 if INTERPRETED else 1024
 TILE = 1024
-WARPS = 8
 
 
 @dataclass(frozen=True)
@@ -256,11 +251,11 @@ def _reduce(rule: Rule, table: Table, step: Step, sums: Tensor) -> None:
         kind = launch.kind
         reduce_kernel[(launch.count,)](
             table.rows, launch.pieces, table.partial, table.n_pieces, table.numbers, step.steps, scale,
-            KIND=kind.name, WORD=kind.word, MATHS=kind.maths, H=rule.hyper, CLONE=rule.clone, BLOCK=BLOCK,
+            WORD=kind.word, MATHS=kind.maths, H=rule.hyper, CLONE=rule.clone, BLOCK=BLOCK,
             num_warps=WARPS, enable_fp_fusion=False,
         )  # fmt: skip
     add_up_kernel[(table.n_scopes + 1,)](
-        table.partial, table.piece_first, table.n_pieces, sums, BLOCK=1024, num_warps=WARPS, enable_fp_fusion=False
+        table.partial, table.piece_first, table.n_pieces, sums, BLOCK=TILE, num_warps=WARPS, enable_fp_fusion=False
     )
 
 
@@ -277,7 +272,7 @@ def _apply(rule: Rule, table: Table, step: Step, sums: Tensor) -> None:
         kind = launch.kind
         rule.update[(launch.count,)](
             table.rows, launch.pieces, table.coefficients, table.numbers, step.steps, scale, step.status,
-            KIND=kind.name, STOCHASTIC=kind.stochastic, WORD=kind.word, MATHS=kind.maths, H=rule.hyper, BLOCK=BLOCK,
+            WORD=kind.word, MATHS=kind.maths, STOCHASTIC=kind.stochastic, H=rule.hyper, BLOCK=BLOCK,
             num_warps=WARPS, enable_fp_fusion=False,
         )  # fmt: skip
 
@@ -340,11 +335,11 @@ def audit_cases(rule: Rule) -> Iterator[dict[str, Any]]:
         enable_fp_fusion.
     """
     for kind in KINDS:
-        storage = {"KIND": kind.name, "WORD": kind.word, "MATHS": kind.maths, "H": rule.hyper, "BLOCK": BLOCK}
+        storage = {"WORD": kind.word, "MATHS": kind.maths, "H": rule.hyper, "BLOCK": BLOCK}
         if not kind.stochastic:
-            yield _case(rule, "reduce", reduce_kernel, kind.name, {**storage, "CLONE": rule.clone})
-        name = kind.name + " stochastic" * kind.stochastic
+            yield _case(rule, "reduce", reduce_kernel, str(kind.word), {**storage, "CLONE": rule.clone})
+        name = f"{kind.word} stochastic" if kind.stochastic else str(kind.word)
         yield _case(rule, "update", rule.update, name, {**storage, "STOCHASTIC": kind.stochastic})
-    yield _case(rule, "add up", add_up_kernel, "", {"BLOCK": BLOCK})
+    yield _case(rule, "add up", add_up_kernel, "", {"BLOCK": TILE})
     for shared in ("fp32", "fp64"):
         yield _case(rule, "finalize", rule.finalize, shared, {"H": rule.hyper, "TILE": TILE}, shared=f"*{shared}")

@@ -39,7 +39,7 @@ ROW_WEIGHT = tl.constexpr(8)
 ROW_SLOT = tl.constexpr(9)
 ROW_SCOPE = tl.constexpr(10)
 ROW_GROUP = tl.constexpr(11)
-ROW_VECTOR = tl.constexpr(12)  # 128-bit accesses are possible, and random blocks begin where thread's elements do
+ROW_VECTOR = tl.constexpr(12)  # 1: 128-bit accesses are possible, and the first element begins a random block
 ROW_WIDTH = tl.constexpr(16)
 
 # Columns of `hyper` that every rule has, as in torsion.ops._frame.COMMON_HYPER.
@@ -52,30 +52,25 @@ SEED = tl.constexpr(5)
 
 
 class Kind(NamedTuple):
-    """Storage of parameter and gradient; state and maths are float32, or float64 with "f64"."""
+    """Storage of parameter and gradient, and whether the parameter is rounded at random."""
 
-    name: str
+    word: tl.dtype
     stochastic: bool
 
     @property
-    def word(self) -> tl.dtype:
-        """What the kernels load: halves travel as bits."""
-        return {"f32": tl.float32, "f64": tl.float64}.get(self.name, tl.uint16)
-
-    @property
     def maths(self) -> tl.dtype:
-        return tl.float64 if self.name == "f64" else tl.float32
+        """Type of the element maths and of the state."""
+        return tl.float64 if self.word == tl.float64 else tl.float32
 
 
-_NAMES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16"}
-KINDS = (
-    Kind("f32", False),
-    Kind("f64", False),
-    Kind("bf16", False),
-    Kind("bf16", True),
-    Kind("f16", False),
-    Kind("f16", True),
-)
+_WORDS = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+_HALVES = (tl.bfloat16, tl.float16)
+KINDS = tuple(Kind(word, noisy) for word in _WORDS.values() for noisy in (False, True) if word in _HALVES or not noisy)
 
 
 @dataclass
@@ -100,7 +95,8 @@ def _send(host: Tensor, device: torch.device, keep: list[Tensor]) -> Tensor:
 def _same_layout(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape:
         return False
-    return all(size < 2 or x == y for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True))
+    strides = zip(a.shape, a.stride(), b.stride(), strict=True)
+    return a.stride() == b.stride() or all(size < 2 or x == y for size, x, y in strides)
 
 
 def _is_dense(t: Tensor) -> bool:
@@ -115,15 +111,14 @@ def _is_dense(t: Tensor) -> bool:
     return True
 
 
-def _check(condition: bool, rule: Rule, message: str) -> None:
-    if not condition:
-        raise RuntimeError(f"{rule.name}: {message}")
+def _refuse(rule: Rule, message: str) -> None:
+    raise RuntimeError(f"{rule.name}: {message}")
 
 
 class Table:
     """One list of tensors on its device, with the workspace of its steps."""
 
-    def __init__(self, rule: Rule, step: Step, structure: tuple[object, ...], stochastic: Sequence[float]) -> None:
+    def __init__(self, rule: Rule, step: Step, structure: list[object], stochastic: Sequence[float]) -> None:
         self.rule = rule
         self.structure = structure
         self.device = step.shared.device
@@ -137,9 +132,9 @@ class Table:
         self._check_structure(step)
         # Scope by scope, in the given order inside a scope: the order of the sums.
         self.order = sorted(range(self.n_rows), key=lambda i: step.scopes[i])
-        self.kinds = [Kind(_NAMES[p.dtype], False) for p in step.params]
+        self.kinds = [Kind(_WORDS[p.dtype], False) for p in step.params]
         for i, (kind, group) in enumerate(zip(self.kinds, step.groups, strict=True)):
-            if kind.word == tl.uint16 and stochastic[group] != 0:
+            if kind.word in _HALVES and stochastic[group] != 0:
                 self.kinds[i] = kind._replace(stochastic=True)
         self._lay_rows(step)
         self._lay_pieces(step)
@@ -153,26 +148,44 @@ class Table:
 
     def _check_structure(self, step: Step) -> None:
         rule, n = self.rule, self.n_rows
-        lists = (step.grads, *step.states, step.scopes, step.groups, step.slots)
-        lists += tuple(x for x in (step.weights, step.keys) if len(x))
-        _check(len(step.states) == rule.states, rule, f"takes {rule.states} lists of state, has {len(step.states)}")
-        _check(all(len(x) == n for x in lists), rule, f"lists differ in length: {n} params, {[len(x) for x in lists]}")
+        expected = {"steps": (torch.float32,), "status": (torch.int64,), "shared": (torch.float32, torch.float64)}
+        for name, dtypes in expected.items():
+            t = getattr(step, name)
+            if t.dtype not in dtypes or not t.is_contiguous() or t.device != self.device:
+                _refuse(rule, f"{name} must be contiguous {dtypes} on {self.device}, is {t.dtype} on {t.device}")
+        if step.status.numel() < 4:
+            _refuse(rule, f"status must have 4 elements, has {step.status.numel()}")
+        if step.hyper.dtype != torch.float64 or step.hyper.device.type != "cpu" or step.hyper.shape[-1] != rule.hyper:
+            _refuse(
+                rule, f"hyper must be a float64 CPU tensor of {rule.hyper} columns; rates on the device go into lrs"
+            )
+        lists = [step.grads, *step.states, step.scopes, step.groups, step.slots]
+        lists += [x for x in (step.weights, step.keys) if len(x)]
+        if len(step.states) != rule.states:
+            _refuse(rule, f"takes {rule.states} lists of state, has {len(step.states)}")
+        if any(len(x) != n for x in lists):
+            _refuse(rule, f"lists differ in length: {n} params, then {[len(x) for x in lists]}")
         for i, p in enumerate(step.params):
-            _check(p.dtype in _NAMES, rule, f"params[{i}] must be float32, float64, bfloat16 or float16, is {p.dtype}")
-            _check(_is_dense(p), rule, f"params[{i}] has holes or overlaps in memory; pass a contiguous copy")
-            _check(0 <= step.scopes[i] < self.n_scopes, rule, f"scopes[{i}] = {step.scopes[i]} is outside shared")
-            _check(0 <= step.groups[i] < self.n_groups, rule, f"groups[{i}] = {step.groups[i]} is outside hyper")
-            _check(0 <= step.slots[i] < step.steps.numel(), rule, f"slots[{i}] = {step.slots[i]} is outside steps")
+            if p.dtype not in _WORDS:
+                _refuse(rule, f"params[{i}] must be float32, float64, bfloat16 or float16, is {p.dtype}")
+            if not _is_dense(p):
+                _refuse(rule, f"params[{i}] has holes or overlaps in memory; pass a contiguous copy")
+        limits = {"scopes": self.n_scopes, "groups": self.n_groups, "slots": step.steps.numel()}
+        for name, limit in limits.items():
+            for i, x in enumerate(getattr(step, name)):
+                if not 0 <= x < limit:
+                    _refuse(rule, f"{name}[{i}] = {x} is outside 0 ... {limit - 1}")
 
-    def _check_streams(self, step: Step) -> None:
-        """What may change with an address: every stream is laid out as its parameter."""
-        for k, stream in enumerate((step.params, step.grads, *step.states)):
-            for i, (t, p) in enumerate(zip(stream, step.params, strict=True)):
-                where = f"list {k}, tensor {i}"
-                dtype = p.dtype if k < 2 or p.dtype == torch.float64 else torch.float32
-                _check(t.dtype == dtype, self.rule, f"{where} must be {dtype}, is {t.dtype}")
-                _check(t.device == self.device, self.rule, f"{where} is on {t.device}, shared on {self.device}")
-                _check(_same_layout(t, p), self.rule, f"{where} differs from its parameter in sizes or strides")
+    def _check_stream(self, step: Step, k: int, stream: Sequence[Tensor]) -> None:
+        """Stream k is laid out as the parameters."""
+        for i, (t, p) in enumerate(zip(stream, step.params, strict=True)):
+            dtype = p.dtype if k < STATE.value or p.dtype == torch.float64 else torch.float32
+            if t.dtype != dtype:
+                _refuse(self.rule, f"list {k}, tensor {i} must be {dtype}, is {t.dtype}")
+            if t.device != self.device:
+                _refuse(self.rule, f"list {k}, tensor {i} is on {t.device}, shared on {self.device}")
+            if not _same_layout(t, p):
+                _refuse(self.rule, f"list {k}, tensor {i} differs from its parameter in sizes or strides")
 
     def _lay_rows(self, step: Step) -> None:
         """The columns that do not depend on addresses."""
@@ -190,7 +203,7 @@ class Table:
         for column, values in columns.items():
             rows[:, column.value] = torch.tensor([values[i] for i in self.order], dtype=torch.int64)
         self.host_rows = rows
-        # A random block serves the eight elements from a multiple of 8; a vector path of its own needs no other case.
+        # A random block serves the eight elements from a multiple of 8; a vector path then starts at its first.
         self.vector_keys = torch.tensor(
             [not self.kinds[i].stochastic or not len(step.keys) or step.keys[i] % 8 == 0 for i in self.order],
             dtype=torch.bool,
@@ -226,11 +239,14 @@ class Table:
         )
 
     def point(self, step: Step, pointers: list[list[int]]) -> None:
-        """Sends the addresses of this step's tensors."""
-        self._check_streams(step)
+        """Sends the addresses of this step's tensors; checks the lists in which one has moved before it changes any."""
+        streams = (step.params, step.grads, *step.states)
+        moved = [k for k in range(len(streams)) if self.pointers is None or pointers[k] != self.pointers[k]]
+        for k in moved:
+            self._check_stream(step, k, streams[k])
         rows = self.host_rows
-        for k, stream in enumerate(pointers):
-            rows[:, k] = torch.tensor([stream[i] for i in self.order], dtype=torch.int64)
+        for k in moved:
+            rows[:, k] = torch.tensor([pointers[k][i] for i in self.order], dtype=torch.int64)
         aligned = ((rows[:, : len(pointers)] & 15) == 0).all(1)
         rows[:, ROW_VECTOR.value] = (aligned & self.vector_keys).to(torch.int64)
         self.rows = _send(rows, self.device, self.keep)
@@ -240,13 +256,14 @@ class Table:
         """Sends the hyper-parameters if one of them changed; take_rates adds those that the device holds."""
         width = self.rule.hyper
         open_rates = [at for at in range(LR.value, len(values), width) if values[at] != values[at]]
-        _check(len(open_rates) <= len(step.lrs), self.rule,
-               f"hyper asks for {len(open_rates)} learning rates, lrs holds {len(step.lrs)}")  # fmt: skip
+        if len(open_rates) > len(step.lrs):
+            _refuse(self.rule, f"hyper asks for {len(open_rates)} learning rates, lrs holds {len(step.lrs)}")
         wanted: list[float | None] = [*values, math.inf if step.max_grad_norm is None else step.max_grad_norm]
         on_host: list[tuple[int, Tensor]] = []
         self.rates: list[tuple[int, Tensor]] = []
         for at, rate in zip(open_rates, step.lrs, strict=False):
-            _check(rate.numel() == 1, self.rule, f"a learning rate must be one number, has {rate.numel()}")
+            if rate.numel() != 1 or not rate.is_floating_point():
+                _refuse(self.rule, f"a learning rate must be one float, is {rate.dtype} {list(rate.shape)}")
             wanted[at] = None  # a NaN would never equal that of the step before
             (self.rates if rate.device == self.device else on_host).append((at, rate.detach().reshape(())))
         if wanted == self.wanted and not on_host:
@@ -275,10 +292,10 @@ def table_of(rule: Rule, step: Step) -> Table:
     pointers = [list(map(Tensor.data_ptr, stream)) for stream in (params, step.grads, *step.states)]
     values: list[float] = step.hyper.flatten().tolist()  # on the CPU: no wait
     stochastic = values[STOCHASTIC.value :: rule.hyper]
-    structure = (
-        [p.numel() for p in params], [p.dtype for p in params], list(step.scopes), list(step.groups), list(step.slots),
+    structure = [
+        list(map(Tensor.numel, params)), [p.dtype for p in params], *map(list, (step.scopes, step.groups, step.slots)),
         list(step.weights), list(step.keys), step.shared.numel(), step.steps.numel(), stochastic,
-    )  # fmt: skip
+    ]  # fmt: skip
     key = (rule.name, device, *pointers[0])
     table = _tables.get(key)
     if table is not None and (table.structure != structure or (table.captured and table.pointers != pointers)):

@@ -19,9 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import engine
-from .engine import Rule, advance, decide, gradient_factor, open_piece, rates, stream
+from .engine import Rule, advance, decide, open_piece, rates
 from .philox import noise_of_blocks, noise_of_elements
-from .storage import nearest, stochastic, widen
+from .storage import nearest, stochastic
 from .table import (
     GRAD,
     PARAM,
@@ -46,7 +46,7 @@ HYPER = tl.constexpr(10)
 COEFFICIENTS = tl.constexpr(6)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "n_scopes", "n_groups"])
 def finalize_kernel(
     sums, rows, scope_group, numbers, shared, steps, status, found_inf, coefficients, n_rows, n_scopes, n_groups,
     H: tl.constexpr, TILE: tl.constexpr,
@@ -79,7 +79,7 @@ def finalize_kernel(
 
 @triton.jit
 def _coefficients(coefficients, row, MATHS: tl.constexpr):
-    c = coefficients + row.to(tl.int64) * COEFFICIENTS
+    c = coefficients + row * COEFFICIENTS
     return (
         tl.load(c).to(MATHS), tl.load(c + 1).to(MATHS), tl.load(c + 2).to(MATHS),
         tl.load(c + 3).to(MATHS), tl.load(c + 4).to(MATHS), tl.load(c + 5).to(MATHS),
@@ -87,57 +87,60 @@ def _coefficients(coefficients, row, MATHS: tl.constexpr):
 
 
 @triton.jit
-def _update(param, grad, m, pre, c, KIND: tl.constexpr):
+def _update(param, grad, m, pre, c, MATHS: tl.constexpr):
     momentum, damping, clip, coupled, lr, shrink = c
-    theta = widen(param, KIND)
-    m = momentum * m + damping * (clip * (widen(grad, KIND) * pre) + coupled * theta)
+    theta = param.to(MATHS)
+    m = momentum * m + damping * (clip * (grad.to(MATHS) * pre) + coupled * theta)
     return shrink * theta - lr * m, m
 
 
 @triton.jit
 def update_kernel(
     rows, pieces, coefficients, numbers, steps, grad_scale, status,
-    KIND: tl.constexpr, STOCHASTIC: tl.constexpr, WORD: tl.constexpr, MATHS: tl.constexpr, H: tl.constexpr,
-    BLOCK: tl.constexpr,
+    WORD: tl.constexpr, MATHS: tl.constexpr, STOCHASTIC: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     if tl.load(status + 2) != 0:
         return
-    row, record, begin, whole, end = open_piece(rows, pieces, BLOCK)
-    pre = gradient_factor(record, numbers, grad_scale, H).to(MATHS)
+    row, record, hyper, begin, whole, end, pre = open_piece(rows, pieces, numbers, grad_scale, H, BLOCK)
+    pre = pre.to(MATHS)
     c = _coefficients(coefficients, row, MATHS)
     if STOCHASTIC:
         slot = tl.load(record + ROW_SLOT)
         step = tl.load(steps + slot).to(tl.uint32)
-        seed = tl.load(numbers + tl.load(record + ROW_GROUP) * H + SEED).to(tl.int64)
+        seed = tl.load(hyper + SEED).to(tl.int64)
         element = tl.load(record + ROW_KEY) + begin
     lane = tl.arange(0, BLOCK)
-    params = stream(record, PARAM, begin, WORD, True)
-    grads = stream(record, GRAD, begin, WORD, True)
-    states = stream(record, STATE, begin, MATHS, True)
+    params = tl.multiple_of(tl.load(record + PARAM).to(tl.pointer_type(WORD)), 16) + begin
+    grads = tl.multiple_of(tl.load(record + GRAD).to(tl.pointer_type(WORD)), 16) + begin
+    states = tl.multiple_of(tl.load(record + STATE).to(tl.pointer_type(MATHS)), 16) + begin
     for at in range(0, whole, BLOCK):
         i = at + lane
-        theta, m = _update(tl.load(params + i), tl.load(grads + i), tl.load(states + i), pre, c, KIND)
+        theta, m = _update(tl.load(params + i), tl.load(grads + i), tl.load(states + i), pre, c, MATHS)
         tl.store(states + i, m)
         if STOCHASTIC:
             noise = noise_of_blocks(seed, element + at, step, slot.to(tl.uint32), BLOCK)
-            tl.store(params + i, stochastic(theta, noise, KIND))
+            tl.store(params + i, stochastic(theta, noise, WORD).to(WORD, bitcast=True))
+        elif WORD == MATHS:
+            tl.store(params + i, theta)
         else:
-            tl.store(params + i, nearest(theta, KIND))
-    params = stream(record, PARAM, begin, WORD, False)
-    grads = stream(record, GRAD, begin, WORD, False)
-    states = stream(record, STATE, begin, MATHS, False)
+            tl.store(params + i, nearest(theta, WORD).to(WORD, bitcast=True))
+    params = tl.load(record + PARAM).to(tl.pointer_type(WORD)) + begin
+    grads = tl.load(record + GRAD).to(tl.pointer_type(WORD)) + begin
+    states = tl.load(record + STATE).to(tl.pointer_type(MATHS)) + begin
     for at in range(whole, end, BLOCK):
         i = at + lane
         k = i < end
         theta, m = _update(
-            tl.load(params + i, mask=k), tl.load(grads + i, mask=k), tl.load(states + i, mask=k), pre, c, KIND
+            tl.load(params + i, mask=k), tl.load(grads + i, mask=k), tl.load(states + i, mask=k), pre, c, MATHS
         )
         tl.store(states + i, m, mask=k)
         if STOCHASTIC:
             noise = noise_of_elements(seed, element + i, step, slot.to(tl.uint32))
-            tl.store(params + i, stochastic(theta, noise, KIND), mask=k)
+            tl.store(params + i, stochastic(theta, noise, WORD).to(WORD, bitcast=True), mask=k)
+        elif WORD == MATHS:
+            tl.store(params + i, theta, mask=k)
         else:
-            tl.store(params + i, nearest(theta, KIND), mask=k)
+            tl.store(params + i, nearest(theta, WORD).to(WORD, bitcast=True), mask=k)
 
 
 RULE = Rule("tam", 1, HYPER.value, CLONE.value, DECAY.value, COEFFICIENTS.value, finalize_kernel, update_kernel)

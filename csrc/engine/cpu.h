@@ -1,7 +1,7 @@
 // The CPU runner: one parallel region per step, SIMD bodies chosen once, sums in fp64 in an order that depends on
 // nothing but the list. Results are bitwise the same for every thread count and instruction set.
 //
-// A chunk is summed in 16 lanes, then halved; chunks are added in order. -ffp-contract=off keeps the levels equal, and
+// A chunk is summed in 16 lanes, in four places if it is full, then halved; chunks are added in order. -ffp-contract=off keeps the levels equal, and
 // pointers may be equal (a rule may read and write one array as two streams), so loops say ivdep and never restrict.
 #pragma once
 #include <omp.h>
@@ -18,10 +18,13 @@
 namespace torsion::cpu {
 
 constexpr int kLanes = 16;
-constexpr int kBlock = 1024;  // elements whose rounding noise is made at once
-static_assert(kChunk % kBlock == 0 && kBlock % 8 == 0);
+constexpr int kPlaces = 4;   // of a full chunk that reduce reads side by side; like the lanes, part of the numerics
+constexpr int kAhead = 128;  // elements prefetched ahead
+// Elements whose rounding noise is made at once.
+constexpr int kBlock = 1024;
 
 struct Nearest {
+  static constexpr int kPlaces = 2, kSpan = 128;  // more of either is slower for rules with four arrays
   struct Block {
     TORSION_INLINE void fill(int64_t) {}
     template <class Q, Role, class R>
@@ -34,6 +37,7 @@ struct Nearest {
 
 // Noise is filled in two plain loops, so that both vectorise; drawing inside the update loop would not.
 struct Stochastic {
+  static constexpr int kPlaces = 1, kSpan = kBlock;
   struct Block {
     uint64_t seed;
     int64_t key;
@@ -110,23 +114,52 @@ struct Body {
     TORSION_INLINE double& operator[](int k) const { return sums[k][lane]; }
   };
 
+  // Asks for `count` elements of each stream of the pass, so far ahead of element i that they arrive in time.
+  template <Pass P>
+  static TORSION_INLINE void prefetch(void* const* at, int64_t i, int64_t count) {
+    E e{};
+    int k = 0;
+    auto ask = [&]<class Of, class X>(Of, X&) __attribute__((always_inline)) {
+      using Q = typename T::template Of<Of::role>;
+      if constexpr (P == Pass::update || (Of::io != Io::write && Of::reduced))
+        for (int64_t line = 0; line < count * int64_t(sizeof(Q)); line += 64)
+          __builtin_prefetch(reinterpret_cast<const char*>(static_cast<const Q*>(at[k]) + i + kAhead) + line,
+                             P == Pass::update && Of::io != Io::read);
+      ++k;
+    };
+    Rule::streams(e, ask);
+  }
+
+  static TORSION_INLINE void add_lanes(void* const* at, int64_t i, M pre, double (*a)[kLanes]) {
+#pragma GCC ivdep
+    for (int l = 0; l < kLanes; ++l) {
+      E e{};
+      load<Pass::reduce>(e, at, i + l, pre);
+      Rule::reduce(e, Lane{a, l});
+    }
+  }
+
   static TORSION_INLINE void reduce(const Row& row, int64_t begin, int64_t end, double pre_, double* out) {
     void* at[S];
     for (int k = 0; k < S; ++k) at[k] = row.at[k];
     const M pre = M(pre_);
     double a[N][kLanes] = {};
     int64_t i = begin;
-    for (; i + kLanes <= end; i += kLanes)
-#pragma GCC ivdep
-      for (int l = 0; l < kLanes; ++l) {
+    if (end - begin == kChunk) {
+      // Several places at once and a prefetch: one place leaves most of the misses a core can have outstanding unused
+      // (fp32 from memory: reduce 0.53 against 0.69 ns per element, update 0.75 against 0.92).
+      for (; i < begin + kChunk / kPlaces; i += kLanes)
+        for (int64_t place = 0; place < kChunk; place += kChunk / kPlaces) {
+          prefetch<Pass::reduce>(at, i + place, kLanes);
+          add_lanes(at, i + place, pre, a);
+        }
+    } else {
+      for (; i + kLanes <= end; i += kLanes) add_lanes(at, i, pre, a);
+      for (int l = 0; i < end; ++i, ++l) {
         E e{};
-        load<Pass::reduce>(e, at, i + l, pre);
+        load<Pass::reduce>(e, at, i, pre);
         Rule::reduce(e, Lane{a, l});
       }
-    for (int l = 0; i < end; ++i, ++l) {
-      E e{};
-      load<Pass::reduce>(e, at, i, pre);
-      Rule::reduce(e, Lane{a, l});
     }
     for (int s = 0; s < N; ++s) {
       for (int width = kLanes / 2; width; width /= 2)
@@ -144,8 +177,7 @@ struct Body {
     memcpy(&wide, coefficients, sizeof wide);
     const C c = cast_numbers<C, decltype(wide), M>(wide);
     auto round = Round::block(row, seed, step);
-    for (int64_t x = begin; x < end; x += kBlock) {
-      const int64_t y = std::min(end, x + kBlock);
+    auto span = [&](int64_t x, int64_t y) __attribute__((always_inline)) {
       round.fill(x);
 #pragma GCC ivdep
       for (int64_t i = x; i < y; ++i) {
@@ -154,6 +186,18 @@ struct Body {
         Rule::update(e, c);
         store(e, at, i, round, i - x);
       }
+    };
+    constexpr int64_t kPlace = kChunk / Round::kPlaces;
+    static_assert(kPlace % Round::kSpan == 0);
+    int64_t i = begin;
+    if (end - begin == kChunk) {
+      for (; i < begin + kPlace; i += Round::kSpan)
+        for (int64_t x = i; x < i + kChunk; x += kPlace) {
+          prefetch<Pass::update>(at, x, Round::kSpan);
+          span(x, x + Round::kSpan);
+        }
+    } else {
+      for (; i < end; i += Round::kSpan) span(i, std::min(end, i + Round::kSpan));
     }
   }
 };

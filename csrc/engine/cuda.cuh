@@ -216,8 +216,9 @@ __device__ __forceinline__ void take_ticket(unsigned* ticket, bool& last) {
   __threadfence();
 }
 
+// Four resident blocks: with room for more, the scalars of the last block would spill.
 template <class Rule, class T, int Threads>
-__global__ void __launch_bounds__(Threads)
+__global__ void __launch_bounds__(Threads, 4)
     reduce_kernel(const __grid_constant__ Launch<Rule> launch, const __grid_constant__ Numbers<Rule> numbers) {
   using B = Body<Rule, T>;
   constexpr int N = B::N;
@@ -245,8 +246,14 @@ __global__ void __launch_bounds__(Threads)
   finish<Rule, Threads>(launch, numbers, scratch);
 }
 
+// Blocks that the registers must leave room for on a multiprocessor: the most without spilling, as scripts/audit.py holds
+// it to. With every load of a step issued at once, three already keep more bytes in flight than HBM3e's latency asks for.
+template <class Rule, class T, class Round>
+constexpr int kResident = (n_streams<Rule> <= 3 ? 5 : 4) - (Round::kRandom || sizeof(typename T::Math) == 8 ? 2 : 0);
+
 template <class Rule, class T, class Round, int Threads>
-__global__ void __launch_bounds__(Threads) update_kernel(const __grid_constant__ Launch<Rule> launch) {
+__global__ void __launch_bounds__(Threads, kResident<Rule, T, Round>)
+    update_kernel(const __grid_constant__ Launch<Rule> launch) {
   using B = Body<Rule, T>;
   using M = typename T::Math;
   Frame<Rule> f = launch.frame;
@@ -269,9 +276,10 @@ __global__ void __launch_bounds__(Threads)
   resolve<Rule, Threads>(numbers, hyper);
 }
 
-// Completes an uploaded image: the list of pieces follows from the rows, and is longer than they are.
+// Completes an uploaded image: the list of pieces follows from the rows, and is longer than they are. This kernel and the
+// next depend on no rule; static keeps those of two object files apart.
 template <int Threads>
-__global__ void __launch_bounds__(Threads)
+static __global__ void __launch_bounds__(Threads)
     expand_kernel(const Row* rows, int64_t n_rows, Piece* pieces, unsigned* ticket) {
   if (blockIdx.x == 0 && threadIdx.x == 0) *ticket = 0;
   for (int64_t t = blockIdx.x; t < n_rows; t += gridDim.x)
@@ -286,7 +294,7 @@ struct Parcel {
 };
 
 template <int Threads>
-__global__ void __launch_bounds__(Threads) parcel_kernel(const __grid_constant__ Parcel parcel, uint4* to) {
+static __global__ void __launch_bounds__(Threads) parcel_kernel(const __grid_constant__ Parcel parcel, uint4* to) {
   for (int k = threadIdx.x; k < parcel.quads; k += Threads) to[k] = parcel.quad[k];
 }
 

@@ -13,6 +13,7 @@ namespace torsion::cuda {
 enum class Pass { reduce, update };
 
 struct Nearest {
+  static constexpr bool kRandom = false;
   __device__ __forceinline__ Nearest(uint64_t, uint32_t, uint32_t) {}
   static __device__ __forceinline__ bool takes_vectors(const Row& row) { return row.aligned; }
   __device__ __forceinline__ void draw(int64_t) {}
@@ -26,6 +27,7 @@ struct Nearest {
 // 16 bits per element: a Philox block serves the eight neighbours that a thread holds of a 16-bit parameter. A shard that
 // starts inside a block goes element by element; drawing from two blocks would cost every other row 30 registers.
 struct Stochastic {
+  static constexpr bool kRandom = true;
   uint64_t seed;
   uint32_t step, stream;
   Philox bits;

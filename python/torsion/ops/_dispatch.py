@@ -72,12 +72,17 @@ def _kernel(rule: Rule, backend: str) -> Callable[..., None]:
     return kernel
 
 
+BEHIND_OPS = {
+    "cpu": "reference" if _native.C is None else "cpu",
+    "cuda": "cuda" if _native.C_cuda else "reference" if _backends.obstacle("triton", "cuda") else "triton",
+}
+"""Device type -> back end that ``torch.ops.torsion`` runs on."""
+
 _library = torch.library.Library("torsion", "IMPL")
 for _rule in RULES.values():
     if _native.C is None:
-        _library.impl(_rule.op, _kernel(_rule, "reference"), "CPU")
+        _library.impl(_rule.op, _kernel(_rule, BEHIND_OPS["cpu"]), "CPU")
     if _native.C_cuda is None:
-        _best = "reference" if _backends.obstacle("triton", "cuda") else "triton"
-        _library.impl(_rule.op, _kernel(_rule, _best), "CUDA")
+        _library.impl(_rule.op, _kernel(_rule, BEHIND_OPS["cuda"]), "CUDA")
 
-__all__ = ["ADATAM", "TAM", "apply_", "reduce", "run_"]
+__all__ = ["ADATAM", "BEHIND_OPS", "TAM", "apply_", "reduce", "run_"]

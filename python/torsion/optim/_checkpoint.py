@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -11,18 +12,20 @@ from torch import Tensor
 from torsion.optim import _layout, _sharding
 
 _REFUSED = {"nesterov": False, "dampening": 0, "amsgrad": False}
+_FAMILIES = {"momentum": "SGD or TAM", "betas": "Adam, AdamW, AdaTAM or AdaTAMW"}
 
 
-def merged_groups(
-    saved: Any, current: list[dict[str, Any]], own: tuple[str, ...], cls: str
-) -> list[dict[str, Any]]:
-    """The groups after a load: saved values over current ones, except ``own`` keys and the parameters.
+def merged_groups(saved: Any, current: list[dict[str, Any]], own: tuple[str, ...], cls: str) -> list[dict[str, Any]]:
+    """The groups after a load: copies of saved values over current ones, except ``own`` keys and the parameters.
 
     Raises:
         ValueError: groups do not fit, or hold a setting the method does not have.
     """
-    if not isinstance(saved, list) or not all(isinstance(g, Mapping) and "params" in g for g in saved):
+    if not isinstance(saved, list) or not all(isinstance(g, Mapping) and isinstance(g.get("params"), list) for g in saved):
         raise ValueError(f"{cls}: the checkpoint's param_groups are damaged; it must come from an optimizer's state_dict()")
+    ids = [pid for group in saved for pid in group["params"]]
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"{cls}: the checkpoint's groups list a parameter twice; it must come from an optimizer's state_dict()")
     if len(saved) != len(current):
         raise ValueError(
             f"{cls}: the checkpoint has {len(saved)} parameter groups, this optimizer {len(current)}; build it with the same groups"
@@ -34,13 +37,21 @@ def merged_groups(
                 f"{cls}: group {i} has {len(new['params'])} parameters in the checkpoint and {len(old['params'])} here; "
                 "build the optimizer for the same model"
             )
+        stranger = next((k for k in _FAMILIES if k in new and k not in old), None)
+        if stranger:
+            raise ValueError(
+                f"{cls}: group {i} of the checkpoint has {stranger!r}, it is from {_FAMILIES[stranger]}; "
+                "load a checkpoint of the same family of optimizers"
+            )
+        if len(new.get("param_names", new["params"])) != len(new["params"]):
+            raise ValueError(f"{cls}: group {i} of the checkpoint has names for other parameters than it lists; delete param_names")
         for name, plain in _REFUSED.items():
             if new.get(name, plain) not in (plain, None):
                 raise ValueError(
                     f"{cls}: group {i} of the checkpoint has {name}={new[name]!r}, which {cls} cannot continue; "
                     f"load it into the torch optimizer it came from, or set {name}={plain!r} in the checkpoint"
                 )
-        kept = {k: v for k, v in new.items() if k not in own and k != "params"}
+        kept = {k: deepcopy(v) for k, v in new.items() if k not in own and k != "params"}
         groups.append({**old, **kept})
     return groups
 
@@ -97,23 +108,22 @@ def _like(name: str, key: str, param: Tensor, value: Tensor, dtype: torch.dtype,
             f"{name}: {key} has shape {tuple(value.shape)} in the checkpoint, the parameter {tuple(param.shape)}; "
             f"{cls} needs the checkpoint of the same model"
         )
+    if _sharding.is_dtensor(param) != _sharding.is_dtensor(value):
+        raise ValueError(
+            f"{name}: of {key} in the checkpoint and the parameter, one is sharded and the other is not; "
+            "load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+        )
     with torch.no_grad():
-        if _sharding.is_dtensor(param) and not _sharding.is_dtensor(value):
-            raise ValueError(
-                f"{name}: {key} is a plain tensor in the checkpoint and the parameter is sharded; "
-                "load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
-            )
-        value = value.detach().to(device=param.device, dtype=dtype, copy=True)
-        plain, model = _sharding.local(value), _sharding.local(param)
-        if plain is value and _layout.is_dense(model):
-            return _layout.laid_out_as(plain, model)
-        return value if plain is not value else value.contiguous()
+        value = _sharding.matching(param, value.detach()).to(device=param.device, dtype=dtype, copy=True)
+        if _sharding.is_dtensor(value):
+            return value
+        return _layout.laid_out_as(value, param) if _layout.is_dense(param) else value.contiguous()
 
 
-def unshared(state: dict[Any, Any], map_tensor: Callable[[Tensor], Tensor] = torch.Tensor.clone) -> dict[Any, Any]:
+def unshared(state: dict[Any, Any]) -> dict[Any, Any]:
     """``state`` with scalars of their own: torch's optimizers count a ``step`` once per parameter."""
     return {
-        pid: {k: map_tensor(v) if k in ("step", "correlation") and isinstance(v, Tensor) else v for k, v in entry.items()}
+        pid: {k: v.clone() if k in ("step", "correlation") and isinstance(v, Tensor) else v for k, v in entry.items()}
         if isinstance(entry, dict)
         else entry
         for pid, entry in state.items()

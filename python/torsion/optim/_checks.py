@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from torsion.optim import _layout, _sharding
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SCOPES = ("global", "group", "tensor")
@@ -36,6 +38,16 @@ def reject_untaken(cls: str, kwargs: Mapping[str, object]) -> None:
         )
 
 
+def not_empty(cls: str, params: Any) -> Any:
+    """``params`` as torch's constructor takes them; raise ValueError if there are none."""
+    if isinstance(params, (Tensor, str)) or not isinstance(params, Iterable):
+        return params  # torch's own error says it well
+    params = list(params)
+    if not params:
+        raise ValueError(f"{cls}: params=[] is empty; pass model.parameters() anew (a generator runs only once)")
+    return params
+
+
 def _number(where: str, name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{where}{name}={value!r}: must be a number")
@@ -59,18 +71,34 @@ def fraction(where: str, name: str, value: object, *, closed: bool) -> None:
 def rate(where: str, value: object) -> None:
     """Raise unless ``value`` is a finite number >= 0 or a floating point tensor of one element."""
     if isinstance(value, Tensor):
-        if value.numel() != 1 or value.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"{where}lr: a tensor must hold one float32 or float64 number, got {tuple(value.shape)} {value.dtype}"
-            )
+        if value.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{where}lr: a tensor must be float32 or float64, got {value.dtype}; call .float() on it")
+        if value.numel() != 1:
+            raise ValueError(f"{where}lr: a tensor must hold one number, got shape {tuple(value.shape)}; use a group per rate")
         return
     at_least_zero(where, "lr", value)
 
 
-def word(where: str, name: str, value: object, allowed: Iterable[str]) -> None:
-    """Raise unless ``value`` is one of the ``allowed`` words."""
+def word(where: str, name: str, value: object, allowed: Iterable[str], more: str = "") -> None:
+    """Raise unless ``value`` is one of the ``allowed`` words; ``more`` ends the list of what is."""
     if value not in allowed:
-        raise ValueError(f"{where}{name}={value!r}: must be one of {', '.join(map(repr, allowed))}")
+        kind = ValueError if isinstance(value, str) else TypeError
+        raise kind(f"{where}{name}={value!r}: must be one of {', '.join([*map(repr, allowed), *filter(None, [more])])}")
+
+
+def flag(where: str, name: str, value: object) -> None:
+    """Raise TypeError unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{where}{name}={value!r}: must be True or False")
+
+
+def pair(where: str, name: str, value: object) -> tuple[object, object]:
+    """``value`` as two; raise unless it is a tuple or list of two."""
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{where}{name}={value!r}: must be a tuple of two numbers in [0, 1)")
+    if len(value) != 2:
+        raise ValueError(f"{where}{name}={value!r}: must be two numbers in [0, 1)")
+    return value[0], value[1]
 
 
 def clip_norm(where: str, value: object) -> None:
@@ -83,8 +111,12 @@ def clip_norm(where: str, value: object) -> None:
 
 def seed(where: str, value: object) -> None:
     """Raise unless ``value`` is None or an integer that a float64 holds exactly."""
-    if value is not None and not (isinstance(value, int) and 0 <= value < 2**53):
-        raise ValueError(f"{where}sr_seed={value!r}: must be an integer in [0, 2^53)")
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{where}sr_seed={value!r}: must be an integer, or None to draw one")
+    if not 0 <= value < 2**53:
+        raise ValueError(f"{where}sr_seed={value!r}: must lie in [0, 2^53)")
 
 
 def parameter(name: str, p: Tensor) -> None:
@@ -112,13 +144,53 @@ def gradient(name: str, p: Tensor, grad: Tensor) -> None:
         raise ValueError(f"{name}: grad is on {grad.device}, the parameter on {p.device}; move them together")
     if grad.dtype != p.dtype and torch.promote_types(grad.dtype, p.dtype) != p.dtype:
         raise TypeError(f"{name}: grad is {grad.dtype} and the parameter {p.dtype}; cast the gradient, it would lose digits")
+    _of_one_kind(name, p, "gradient", grad)
+    if _layout.may_overlap(_sharding.local(p)):
+        raise ValueError(f"{name}: its elements share memory (strides {_sharding.local(p).stride()}); make it .contiguous()")
 
 
-def agree(groups: list[dict[str, Any]], names: Iterable[str], why: str) -> None:
-    """Raise ValueError unless the groups agree on each of ``names``."""
+def state(name: str, p: Tensor, held: Mapping[str, Any] | None, keys: Iterable[str]) -> None:
+    """Raise ValueError unless the state of ``p`` is empty or has a tensor of its shape under each of ``keys``."""
+    for key in keys if held else ():
+        value = held.get(key)  # type: ignore[union-attr]
+        if not isinstance(value, Tensor) or value.shape != p.shape:
+            found = f"has shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"is {type(value).__name__}"
+            raise ValueError(
+                f"{name}: state {key!r} {found}, needs shape {tuple(p.shape)}; restore it, or delete the parameter's state"
+            )
+        _of_one_kind(name, p, f"state {key!r}", value)
+
+
+def _of_one_kind(name: str, p: Tensor, what: str, t: Tensor) -> None:
+    if _sharding.is_dtensor(p) != _sharding.is_dtensor(t):
+        kinds = ("DTensor", "plain tensor")
+        kind_p, kind_t = kinds if _sharding.is_dtensor(p) else kinds[::-1]
+        raise TypeError(f"{name}: the parameter is a {kind_p} and its {what} a {kind_t}; distribute both or neither")
+
+
+def distinct(names: Sequence[str], marks: Sequence[int], problem: str) -> None:
+    """Raise ValueError if two parameters carry one mark (an id, an address): a step would update them twice at once."""
+    seen: dict[int, str] = {}
+    for name, mark in zip(names, marks, strict=True):
+        if mark in seen:
+            raise ValueError(f"{name}: {problem} (the other is {seen[mark]})")
+        seen[mark] = name
+
+
+def one_device_type(params: Iterable[Tensor]) -> None:
+    """Raise ValueError if parameters are on the CPU and on a GPU: a step cannot wait for both without a host sync."""
+    types = sorted({p.device.type for p in params})
+    if len(types) > 1:
+        raise ValueError(
+            f"parameters are on {' and '.join(types)}; one step cannot span both, so move the model to one "
+            "device or give each device type its own optimizer"
+        )
+
+
+def agree(g: int, group: Mapping[str, Any], first: Mapping[str, Any], names: Iterable[str], why: str) -> None:
+    """Raise ValueError unless group ``g`` has the values of the first group under each of ``names`` they have."""
     for name in names:
-        for i, group in enumerate(groups[1:], 1):
-            if group[name] != groups[0][name]:
-                raise ValueError(
-                    f"group {i}: {name}={group[name]!r}, group 0 has {groups[0][name]!r}; {why}, so give all groups one value"
-                )
+        if name in first and group[name] != first[name]:
+            raise ValueError(
+                f"group {g}: {name}={group[name]!r}, group 0 has {first[name]!r}; {why}, so give all groups one value"
+            )

@@ -30,6 +30,20 @@ class Flat:
         """Whether the tensors have these sizes."""
         return self.steps.numel() == slots and self.shared.shape[0] == scopes and self.shared.dtype == dtype
 
+    def row_of(self, correlation: object) -> Tensor | None:
+        """The row of ``shared`` that ``correlation`` is a view of."""
+        if not isinstance(correlation, Tensor) or not self.shared.numel() or correlation.device != self.shared.device:
+            return None
+        scope, rest = divmod(
+            correlation.data_ptr() - self.shared.data_ptr(), self.shared.stride(0) * self.shared.element_size()
+        )
+        return self.shared[scope] if not rest and 0 <= scope < self.shared.shape[0] else None
+
+    def restart(self, scope: int) -> None:
+        """Give a scope the values it started with."""
+        self.shared[scope].zero_()
+        self.shared[scope, 2] = 0.5
+
     def grad_norm(self) -> Tensor:
         """Norm of all gradients in the last step: 0-dim float64."""
         return self.status[1:2].view(torch.float64).reshape(()).clone()

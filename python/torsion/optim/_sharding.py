@@ -23,19 +23,11 @@ def local(t: Tensor) -> Tensor:
     return t._local_tensor if is_dtensor(t) else t  # type: ignore[attr-defined, no-any-return]
 
 
-def matching_grad(param: Any, grad: Any, name: str) -> Tensor:
-    """``grad`` sharded as ``param`` is; pending sums are carried out.
-
-    Raises:
-        TypeError: one of the two is a DTensor and the other is not.
-    """
-    if is_dtensor(param) != is_dtensor(grad):
-        kinds = ("DTensor", "plain tensor")
-        kind_p, kind_g = kinds if is_dtensor(param) else kinds[::-1]
-        raise TypeError(f"{name}: the parameter is a {kind_p} and its gradient a {kind_g}; both must be of one kind")
-    if is_dtensor(param) and (grad.placements != param.placements or grad.device_mesh != param.device_mesh):
-        grad = grad.redistribute(param.device_mesh, param.placements)
-    return grad  # type: ignore[no-any-return]
+def matching(param: Any, t: Any) -> Tensor:
+    """``t`` sharded as ``param`` is; pending sums are carried out."""
+    if is_dtensor(param) and (t.placements != param.placements or t.device_mesh != param.device_mesh):
+        t = t.redistribute(param.device_mesh, param.placements)
+    return t  # type: ignore[no-any-return]
 
 
 class Mesh:

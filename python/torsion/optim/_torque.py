@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from torsion.ops import _backends, _native
+from torsion.ops import _backends, _dispatch, _native
 from torsion.ops._rules import Rule
 from torsion.optim import _checkpoint, _checks, _layout, _sharding
 from torsion.optim._parts import Flat, Member, Part, Scalars
@@ -30,12 +30,12 @@ class TorqueOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Any, defaults: dict[str, Any], backend: str | None, untaken: dict[str, object]) -> None:
         """Check everything, then let torch build the groups."""
         _checks.reject_untaken(type(self).__name__, untaken)
-        if backend is not None and backend not in _backends.NAMES:
-            raise ValueError(f"backend={backend!r}: must be one of {', '.join(_backends.NAMES)}, or None for the best")
+        if backend is not None:
+            _checks.word("", "backend", backend, _backends.NAMES, "or None for the best")
         self._backend = backend
         self._forget()
         self._check_numbers("", defaults)
-        super().__init__(params, defaults)
+        super().__init__(_checks.not_empty(type(self).__name__, params), defaults)
         for device in {p.device.type for _, _, _, p in self._all()}:
             _backends.choose(device, backend)
 
@@ -64,43 +64,50 @@ class TorqueOptimizer(torch.optim.Optimizer):
             _checks.at_least_zero(where, name, group[name])
         _checks.fraction(where, "decay", group["decay"], closed=True)
         _checks.clip_norm(where, group["max_grad_norm"])
+        for name in ("decoupled_weight_decay", "maximize", "stochastic_rounding"):
+            _checks.flag(where, name, group[name])
         _checks.word(where, "scope", group["scope"], _checks.SCOPES)
         _checks.word(where, "init", group.get("init", "zero"), _checks.INITS)
         _checks.seed(where, group["sr_seed"])
 
-    def _check_groups(self) -> None:
-        groups = self.param_groups
-        for g, group in enumerate(groups):
-            self._check_numbers(f"group {g}: " if len(groups) > 1 else "", group)
-            for i, p in enumerate(group["params"]):
-                _checks.parameter(self._describe(g, i), p)
-        _checks.agree(groups, [k for k in ("scope", "init", "max_grad_norm") if k in groups[0]], "a step has one")
-        if groups[0]["scope"] == "global":
-            _checks.agree(groups, ("decay", "eps_damping"), 'with scope="global" all groups share one cosine')
-        types = {p.device.type for _, _, _, p in self._all()}
-        if len(types) > 1:
-            raise ValueError(
-                f"parameters are on {' and '.join(sorted(types))}; one step cannot span both, so move the model to one "
-                "device or give each device type its own optimizer"
-            )
+    def _check_settings(self, g: int) -> None:
+        """Check the values of group ``g``, and that it agrees with the first group where it must."""
+        group, first = self.param_groups[g], self.param_groups[0]
+        self._check_numbers(f"group {g}: " if len(self.param_groups) > 1 else "", group)
+        _checks.agree(g, group, first, ("scope", "init", "max_grad_norm"), "a step has one")
+        if first["scope"] == "global":
+            _checks.agree(g, group, first, ("decay", "eps_damping"), 'with scope="global" all groups share one cosine')
+
+    def _check_group(self, g: int) -> None:
+        """Check the values and the parameters of group ``g``."""
+        self._check_settings(g)
+        params = self.param_groups[g]["params"]
+        names = [self._describe(g, i) for i in range(len(params))]
+        for name, p in zip(names, params, strict=True):
+            _checks.parameter(name, p)
+        _checks.distinct(names, [id(p) for p in params], "is given twice; list it once")
+        _checks.one_device_type([*self.param_groups[0]["params"], *params])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch; it joins the scope at the next step.
 
         Raises:
             ValueError: a value is out of range, or does not agree with the other groups where it must.
-            TypeError: a parameter has a dtype the kernels do not know.
+            TypeError: a value is of the wrong kind, or a parameter has a dtype the kernels do not know.
         """
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        if group["stochastic_rounding"] and group["sr_seed"] is None:
-            group["sr_seed"] = int(torch.randint(2**53 - 1, ()))
         try:
-            self._check_groups()
+            self._check_group(len(self.param_groups) - 1)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
+        self._draw_seeds()
         self._watch = None
+
+    def _draw_seeds(self) -> None:
+        for group in self.param_groups:
+            if group["stochastic_rounding"] and group["sr_seed"] is None:
+                group["sr_seed"] = int(torch.randint(2**53 - 1, ()))
 
     # Planning: from the parameters as they are to parts that can be launched again and again
 
@@ -111,9 +118,9 @@ class TorqueOptimizer(torch.optim.Optimizer):
         self._mesh: _sharding.Mesh | None = None
         self._flats: dict[torch.device, Flat] = {}
         self._stepped = False
-        self._rows: list[tuple[float, ...]] | None = None
+        self._settings: object = None
         self._hyper: Tensor | None = None
-        self._structure: tuple[object, ...] = ()
+        self._structure: object = None
 
     def _scope_of(self, slot: int, group: int) -> int:
         return {"global": 0, "group": group, "tensor": slot}[self.param_groups[0]["scope"]]
@@ -134,13 +141,11 @@ class TorqueOptimizer(torch.optim.Optimizer):
             self._flats[device] = flat = Flat(device, slots, scopes, dtype)
             if device in old:
                 flat.status.copy_(old[device].status)
-                if old[device].shared.shape == flat.shared.shape:
-                    flat.shared.copy_(old[device].shared)
         filled: set[tuple[torch.device, int]] = set()
         for slot, g, _, p in everyone:
             state = self.state.get(p)
             if state:
-                self._adopt(slot, g, p, state, filled)
+                self._adopt(slot, g, p, state, filled, list(old.values()))
 
     def _is_view(self, slot: int, g: int, p: Tensor) -> bool:
         flat, state = self._flats[p.device], self.state[p]
@@ -153,50 +158,65 @@ class TorqueOptimizer(torch.optim.Optimizer):
             == flat.shared.data_ptr() + flat.shared.element_size() * flat.shared.stride(0) * self._scope_of(slot, g)
         )
 
-    def _adopt(self, slot: int, g: int, p: Tensor, state: dict[str, Any], filled: set[tuple[torch.device, int]]) -> None:
+    def _adopt(
+        self, slot: int, g: int, p: Tensor, state: dict[str, Any], filled: set[tuple[torch.device, int]], old: list[Flat]
+    ) -> None:
         """Copy a parameter's scalars into the flats and put views of them in their place."""
         scope = self._scope_of(slot, g)
         step, correlation = state.get("step"), state.get("correlation")
         for device, flat in self._flats.items():
             if (device, scope) not in filled and correlation is not None:
                 filled.add((device, scope))
-                flat.shared[scope, 0].copy_(torch.as_tensor(correlation), non_blocking=True)
-                flat.shared[scope, 2].copy_((1 + flat.shared[scope, 0]) / 2)
+                row = next((r for f in old if (r := f.row_of(correlation)) is not None), None)
+                if row is not None:  # the scope stays, its row moves: groups were added
+                    flat.shared[scope].copy_(row, non_blocking=True)
+                else:
+                    flat.shared[scope, 0].copy_(torch.as_tensor(correlation), non_blocking=True)
+                    flat.shared[scope, 2].copy_((1 + flat.shared[scope, 0]) / 2)
         flat = self._flats[p.device]
         flat.steps[slot].copy_(torch.as_tensor(1.0 if step is None else step).reshape(()), non_blocking=True)
         rest = {k: v for k, v in state.items() if k not in ("step", "correlation")}
         state.clear()
         state.update({"step": flat.steps[slot], **rest, "correlation": flat.shared[scope, 0]})
 
-    def _new_state(self, slot: int, g: int, p: Tensor) -> None:
-        flat = self._flats[p.device]
-        dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-        zeros = {key: torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format) for key in self._rule.states}
-        self.state[p].update({"step": flat.steps[slot], **zeros, "correlation": flat.shared[self._scope_of(slot, g), 0]})
+    def _make_states(self, active: list[tuple[int, int, int, Tensor]]) -> None:
+        """Give each parameter that has none its state; it adopts the cosine of its scope where others have state."""
+        alive = {self._scope_of(slot, g) for slot, g, _, p in self._all() if self.state.get(p)}
+        for slot, g, _, p in active:
+            if self.state[p]:
+                continue
+            scope = self._scope_of(slot, g)
+            if scope not in alive:
+                alive.add(scope)
+                for flat in self._flats.values():
+                    flat.restart(scope)
+            flat = self._flats[p.device]
+            flat.steps[slot].zero_()  # not new where the user deleted the parameter's state
+            dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+            zeros = {
+                key: torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format) for key in self._rule.states
+            }
+            self.state[p].update({"step": flat.steps[slot], **zeros, "correlation": flat.shared[scope, 0]})
 
     def _member(self, slot: int, g: int, i: int, p: Tensor) -> Member:
         """One parameter as the kernels will see it; copies where its layout asks for them."""
         name, group, state = self._describe(g, i), self.param_groups[g], self.state[p]
-        whole_grad = _sharding.matching_grad(p, p.grad, name)
-        param, grad = _sharding.local(p), _sharding.local(whole_grad)
+        param, grad = _sharding.local(p), _sharding.local(_sharding.matching(p, p.grad))
         write_back = None
         if not _layout.is_dense(param):
-            if _layout.may_overlap(param):
-                raise ValueError(f"{name}: its elements share memory (strides {param.stride()}); make it .contiguous()")
             write_back, param = param, param.detach().clone(memory_format=torch.contiguous_format)
         grad = _layout.laid_out_as(grad.to(param.dtype), param)
         states = []
         for key in self._rule.states:
-            held = state.get(key)
-            if not isinstance(held, Tensor) or held.shape != p.shape:
-                found = tuple(held.shape) if isinstance(held, Tensor) else type(held).__name__
-                raise ValueError(f"{name}: state {key!r} is {found}, needs shape {tuple(p.shape)}; restore or delete it")
+            dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+            held = _sharding.matching(p, state[key]).to(device=param.device, dtype=dtype)
             value = _sharding.local(held)
-            fitted = _layout.laid_out_as(value.to(torch.float64 if param.dtype == torch.float64 else torch.float32), param)
+            fitted = _layout.laid_out_as(value, param)
             if fitted is not value:
                 if value is not held:
                     raise ValueError(f"{name}: the local part of {key!r} lies in memory otherwise than its parameter")
-                state[key] = fitted
+                held = fitted
+            state[key] = held
             states.append(fitted)
         member = Member(slot, g, self._scope_of(slot, g), param, grad, states, bool(group["stochastic_rounding"]))
         member.write_back = write_back
@@ -205,21 +225,32 @@ class TorqueOptimizer(torch.optim.Optimizer):
             member.key = self._mesh.first_element(p) if member.stochastic else 0
         return member
 
-    def _plan(self) -> list[Part]:
-        """Look at every parameter; check all gradients before any state is made."""
-        self._watch = None
+    def _active(self) -> list[tuple[int, int, int, Tensor]]:
+        """The parameters that have a gradient, after every check that needs no state changed."""
         active = [(slot, g, i, p) for slot, g, i, p in self._all() if p.grad is not None]
         for _, g, i, p in active:
-            _checks.parameter(self._describe(g, i), p)
-            _checks.gradient(self._describe(g, i), p, p.grad)  # type: ignore[arg-type]
+            name = self._describe(g, i)
+            _checks.parameter(name, p)
+            _checks.gradient(name, p, p.grad)  # type: ignore[arg-type]
+            _checks.state(name, p, self.state.get(p), self._rule.states)
+        filled = [(g, i, _sharding.local(p)) for _, g, i, p in active if _sharding.local(p).numel()]
+        _checks.distinct(
+            [self._describe(g, i) for g, i, _ in filled],
+            [t.data_ptr() for *_, t in filled],
+            "shares memory; make both one Parameter",
+        )
+        _checks.one_device_type([p for *_, p in active])
+        return active
+
+    def _plan(self) -> list[Part]:
+        """Look at every parameter; check all gradients before any state is made."""
+        self._watch, self._parts = None, []
+        active = self._active()
         if not active:
-            self._parts = []
             return []
-        self._ensure_flats()
         self._mesh = _sharding.Mesh([p for *_, p in active]) if any(_sharding.is_dtensor(p) for *_, p in active) else None
-        for slot, g, _, p in active:
-            if not self.state[p]:
-                self._new_state(slot, g, p)
+        self._ensure_flats()
+        self._make_states(active)
         members: dict[torch.device, list[Member]] = defaultdict(list)
         for slot, g, i, p in active:
             members[p.device].append(self._member(slot, g, i, p))
@@ -254,9 +285,9 @@ class TorqueOptimizer(torch.optim.Optimizer):
         """A group's columns after the common ones, in the order of the rule."""
         raise NotImplementedError
 
-    def _numbers(self) -> tuple[Tensor, list[Tensor]]:
-        """The groups' numbers as float64 ``[G, H]``, and the learning rates that live in tensors."""
-        rows = [
+    def _rows(self) -> list[tuple[float, ...]]:
+        """The groups' numbers in the order of the rule's columns; NaN where the learning rate lives in a tensor."""
+        return [
             (
                 _NAN if isinstance(g["lr"], Tensor) else g["lr"],
                 g["weight_decay"],
@@ -268,19 +299,29 @@ class TorqueOptimizer(torch.optim.Optimizer):
             )
             for g in self.param_groups
         ]
-        if rows != self._rows or self._hyper is None:
-            self._rows, self._hyper = rows, torch.tensor(rows, dtype=torch.float64)
-        return self._hyper, [g["lr"] for g in self.param_groups if isinstance(g["lr"], Tensor)]
 
-    def _scalars(self) -> Scalars:
-        hyper, lrs = self._numbers()
+    def _numbers(self) -> Tensor:
+        """The groups' numbers as float64 ``[G, H]``; checked and made anew only when the user changed one."""
+        words = [(g["scope"], g["max_grad_norm"], g.get("init"), g["stochastic_rounding"]) for g in self.param_groups]
+        settings = self._rows(), words
+        if settings == self._settings and self._hyper is not None:
+            return self._hyper
+        for g in range(len(self.param_groups)):
+            self._check_settings(g)
+        self._draw_seeds()
+        self._hyper = torch.tensor(self._rows(), dtype=torch.float64)
+        if words != self._structure:
+            self._structure, self._watch = words, None
+        self._settings = settings
+        return self._hyper
 
+    def _scalars(self, hyper: Tensor) -> Scalars:
         def tensor(value: Any) -> Tensor | None:
             return value if value is None or isinstance(value, Tensor) else torch.tensor(float(value))
 
         return Scalars(
             hyper,
-            lrs,
+            [g["lr"] for g in self.param_groups if isinstance(g["lr"], Tensor)],
             tensor(getattr(self, "grad_scale", None)),
             tensor(getattr(self, "found_inf", None)),
             self.param_groups[0]["max_grad_norm"],
@@ -312,10 +353,7 @@ class TorqueOptimizer(torch.optim.Optimizer):
         return loss
 
     def _eager_step(self) -> None:
-        structure = tuple((g["scope"], g["stochastic_rounding"]) for g in self.param_groups)
-        if structure != self._structure:
-            self._check_groups()
-            self._structure, self._watch = structure, None
+        scalars = self._scalars(self._numbers())
         if self._watch is not None and self._watch.holds(self.param_groups, self.state):
             parts = self._parts
         else:
@@ -323,44 +361,67 @@ class TorqueOptimizer(torch.optim.Optimizer):
         if not parts:
             return
         self._stepped = True
-        scalars = self._scalars()
         if len(parts) == 1 and self._mesh is None:
             parts[0].whole(scalars.on(parts[0].flat.shared.device))
-            return
-        placed = [scalars.on(part.flat.shared.device) for part in parts]
+        else:
+            self._split_step(parts, [scalars.on(part.flat.shared.device) for part in parts])
+        if self._watch is None:
+            self._parts = []  # they hold gradients, which must not outlive zero_grad()
+
+    def _split_step(self, parts: list[Part], placed: list[Scalars]) -> None:
+        """A step over several devices or ranks: sums, their total, then the update."""
         sums = [part.reduce(s) for part, s in zip(parts, placed, strict=True)]
         total = sums[0]
         for other in sums[1:]:
             total = total + other.to(total.device, non_blocking=True)
         if self._mesh is not None:
+            if placed[0].found_inf is not None:  # on one rank it must stop all
+                total = torch.where(placed[0].found_inf.reshape(()) != 0, _NAN, total)
             self._mesh.all_reduce_(total)
         for part, s in zip(parts, placed, strict=True):
             part.apply_(s, total.to(part.flat.shared.device, non_blocking=True))
 
-    # torch.compile: the same step through the list op, which a compiler can see into
+    # torch.compile: the same step through the list op, which a compiler can see into. Traced code sets no attribute:
+    # dynamo drops that on an optimizer.
 
     def _init_group(
-        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[Tensor], flats: list[Tensor]
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[Tensor],
+        flats: list[Tensor],
+        places: list[int],
     ) -> None:
-        """Append the group's tensors to the lists; torch.compile runs this for real when it traces a step."""
+        """Fill the lists for one group, ``places`` with scope, group and slot of each; dynamo runs this for real."""
+        active = self._active()
+        if not active:
+            return
         self._ensure_flats()
+        self._make_states(active)
         g = next(k for k, own in enumerate(self.param_groups) if own is group)
-        for slot, of, i, p in self._all():
-            if of != g or p.grad is None:
+        for slot, of, i, p in active:
+            if of != g:
                 continue
-            if not self.state[p]:
-                self._new_state(slot, g, p)
             member = self._member(slot, g, i, p)
-            if member.write_back is not None or member.grad.data_ptr() != p.grad.data_ptr() or _sharding.is_dtensor(p):
-                raise RuntimeError(
-                    f"{self._describe(g, i)}: its layout or sharding needs the eager step; call step() outside torch.compile"
-                )
+            chosen = _backends.choose(p.device.type, self._backend)[0]
+            problem = ""
+            if _sharding.is_dtensor(p):
+                problem = "it is sharded"
+            elif member.write_back is not None or member.grad is not p.grad:
+                problem = "its gradient differs in layout or dtype, or it has gaps in memory"
+            elif chosen != _dispatch.BEHIND_OPS[p.device.type]:
+                problem = f"its back end is {chosen!r}, torch.compile takes {_dispatch.BEHIND_OPS[p.device.type]!r}"
+            elif len(self._flats) > 1:
+                problem = f"parameters are on {len(self._flats)} devices"
+            if problem:
+                raise RuntimeError(f"{self._describe(g, i)}: {problem}; call step() outside torch.compile")
             params.append(p)
-            grads.append(p.grad)
+            grads.append(p.grad)  # type: ignore[arg-type]
             states.extend(member.states)
-        if not flats:
-            flat = next(iter(self._flats.values()))
-            flats.extend((flat.shared, flat.steps, flat.status))
+            places.extend((member.scope, g, slot))
+        flat = next(iter(self._flats.values()))
+        flats.extend((flat.shared, flat.steps, flat.status))
         self._stepped = True
 
     def _traced_step(self) -> None:
@@ -368,31 +429,24 @@ class TorqueOptimizer(torch.optim.Optimizer):
         grads: list[Tensor] = []
         states: list[Tensor] = []
         flats: list[Tensor] = []
-        scopes: list[int] = []
-        groups: list[int] = []
-        slots: list[int] = []
-        slot = 0
-        scope = self.param_groups[0]["scope"]
-        for g, group in enumerate(self.param_groups):
-            self._init_group(group, params, grads, states, flats)
-            for p in group["params"]:
-                if p.grad is not None:
-                    scopes.append(0 if scope == "global" else g if scope == "group" else slot)
-                    groups.append(g)
-                    slots.append(slot)
-                slot += 1
+        places: list[int] = []
+        for group in self.param_groups:
+            # Lists of its own: dynamo runs _init_group for real only with empty ones.
+            of_group: tuple[list[Any], ...] = ([], [], [], [], [])
+            self._init_group(group, *of_group)
+            params += of_group[0]
+            grads += of_group[1]
+            states += of_group[2]
+            flats = of_group[3] or flats
+            places += of_group[4]
         if not params:
             return
-        hyper, lrs = self._numbers_traced()
         n = len(self._rule.states)
+        s = self._scalars(torch.tensor(self._rows(), dtype=torch.float64)).on(params[0].device)
         getattr(torch.ops.torsion, self._rule.op)(
-            params, grads, *(states[k::n] for k in range(n)), *flats, hyper, lrs, scopes, groups, slots,
-            getattr(self, "grad_scale", None), getattr(self, "found_inf", None), self.param_groups[0]["max_grad_norm"],
+            params, grads, *(states[k::n] for k in range(n)), *flats, s.hyper, s.lrs,
+            places[0::3], places[1::3], places[2::3], s.grad_scale, s.found_inf, s.max_grad_norm,
         )  # fmt: skip
-
-    def _numbers_traced(self) -> tuple[Tensor, list[Tensor]]:
-        self._rows = None
-        return self._numbers()
 
     # What a step did, and state
 
@@ -458,7 +512,8 @@ class TorqueOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """State and groups as torch's optimizers give them, every scalar a tensor of its own."""
         result = super().state_dict()
-        result["state"] = _checkpoint.unshared(result["state"])
+        if isinstance(result.get("state"), dict):  # a hook may have made anything of it
+            result["state"] = _checkpoint.unshared(result["state"])
         return result
 
     @torch._disable_dynamo
@@ -473,7 +528,8 @@ class TorqueOptimizer(torch.optim.Optimizer):
         """
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = hook(self, state_dict) or state_dict
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
         cls = type(self).__name__
         if "state" not in state_dict or "param_groups" not in state_dict:
             raise ValueError(f"{cls}: a checkpoint needs 'state' and 'param_groups', found {sorted(map(str, state_dict))}")
@@ -491,7 +547,8 @@ class TorqueOptimizer(torch.optim.Optimizer):
         before = self.__dict__.copy()
         try:
             self.__setstate__({"state": state, "param_groups": groups})
-            self._check_groups()
+            for g in range(len(self.param_groups)):
+                self._check_settings(g)
         except (TypeError, ValueError):
             self.__dict__.clear()
             self.__dict__.update(before)

@@ -98,10 +98,8 @@ class AdaTAM(TorqueOptimizer):
     def _check_numbers(self, where: str, group: dict[str, Any]) -> None:
         super()._check_numbers(where, group)
         _checks.at_least_zero(where, "eps", group["eps"])
-        betas = group["betas"]
-        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-            raise ValueError(f"{where}betas={betas!r}: must be two numbers in [0, 1)")
-        for k, beta in enumerate(betas):
+        _checks.flag(where, "bias_correction", group["bias_correction"])
+        for k, beta in enumerate(_checks.pair(where, "betas", group["betas"])):
             _checks.fraction(where, f"betas[{k}]", beta, closed=False)
 
     def _group_numbers(self, group: dict[str, Any]) -> tuple[float, ...]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from torsion.cli.demo.environment import describe, interruptible, reproducible
+from torsion.cli.demo.environment import backend_of, describe, interruptible, reproducible
 from torsion.cli.demo.rates import best_rate
 from torsion.cli.demo.registry import ALL, METHODS, Arm, select_arms
 from torsion.cli.demo.tasks import Data, Task, find_task, task_names
@@ -38,11 +38,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     # Not `choices`: whether a method has a comparison depends on the task.
     known = ",".join((*METHODS, ALL))
     add("--method", default="tam", metavar=f"{{{known}}}", help="what to compare (default: tam)")
-    add("--steps", type=integer_from(1, 10**7, 200), help=f"optimizer steps per run (default: {defaults})")
-    add("--threads", type=integer_from(1, 1024, 2), help="CPU threads (default: torch's own choice)")
+    add("--steps", metavar="N", type=integer_from(1, 10**7, 200), help=f"optimizer steps per run (default: {defaults})")
+    add("--threads", metavar="N", type=integer_from(1, 1024, 2), help="CPU threads (default: torch's own choice)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto takes a GPU when there is one")
-    add("--seed", type=integer_from(0, 2**31, 0), default=0, help="first seed; digits also runs the next four")
-    add("--out", type=Path, default=Path("demo-out"), help="directory for results (default: ./demo-out)")
+    add(
+        "--seed",
+        metavar="N",
+        type=integer_from(0, 2**31, 0),
+        default=0,
+        help="first seed; digits also runs the next four",
+    )
+    add("--out", metavar="DIR", type=Path, default=Path("demo-out"), help="directory for results (default: ./demo-out)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
     arms = select_arms(args.method, task.name)
     device = resolve_device(args.device)
     require_extra("demo", {"rich": "rich", "matplotlib": "matplotlib", **dict(task.extra_modules)})
+    for arm in arms:
+        backend_of(arm, device)
     rates = {arm.name: best_rate(task.name, arm.name) for arm in arms}
     out = writable_directory("--out", args.out)
     with reproducible(args.threads, device):

@@ -15,6 +15,7 @@ from torch.utils import deterministic
 
 import torsion
 from torsion.cli.demo.registry import Arm
+from torsion.cli.usage import UsageError
 from torsion.ops._backends import choose
 
 __all__ = ["backend_of", "describe", "interruptible", "reproducible"]
@@ -61,7 +62,10 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 def backend_of(arm: Arm, device: torch.device) -> str:
     """The back end that the arm's op uses on this device, or torch's own."""
     # Not torsion.backends(), which speaks of the GPU wherever there is one, also when this run is on the CPU.
-    return "torch" if arm.op is None else choose(device.type)[0]
+    try:
+        return "torch" if arm.op is None else choose(device.type)[0]
+    except ValueError as error:  # an impossible TORSION_BACKEND; the message says what it needs
+        raise UsageError(str(error)) from None
 
 
 def describe(device: torch.device, arms: Sequence[Arm]) -> dict[str, Any]:

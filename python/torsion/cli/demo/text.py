@@ -21,7 +21,7 @@ from torsion.cli.usage import UsageError
 __all__ = ["TEXT", "standard_library_files"]
 
 _CONTEXT = 128
-_BATCH = 16
+_BATCH = 8
 _BYTES_AT_MOST = 4_000_000  # several times what a default run reads
 _HELD_OUT_WINDOWS = 192  # 24 KiB, the same for every run: enough to tell 0.01 bit apart, cheap enough to do often
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
@@ -154,7 +154,7 @@ TEXT = _TextTask(
         Metric("loss", "validation loss", "nats", higher_is_better=False, digits=4),
     ),
     choose_by="loss",
-    steps=600,
+    steps=800,
     seeds=1,
     warmup=100,
 )

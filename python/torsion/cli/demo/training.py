@@ -132,7 +132,7 @@ def train(plan: Plan, data: Data, progress: Callable[[int, float, float], None],
     def forward_backward(batch: tuple[Tensor, Tensor]) -> Tensor:
         optimizer.zero_grad()
         loss = data.loss(model, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         return loss.detach()
 
     for index in range(plan.steps):
