@@ -169,16 +169,21 @@ class Duel:
                 cell.v = state["exp_avg_sq"].cpu().double().clone() if self.adaptive else cell.v
 
     def compare(self) -> None:
+        # All tensors have gradients of one size, and what is left where terms cancel keeps the error of that size.
+        largest = {
+            k: max(float(getattr(c, k).abs().max()) for c in self.judge.cells if c.m.numel()) for k in ("theta", "m")
+        }
         for p, cell in zip(self.params, self.judge.cells, strict=True):
             where = f"step {self.steps}, {tuple(p.shape)} {cell.scope}"
             stored = (tolerances.STORED_STOCHASTIC if self.stochastic else tolerances.STORED).get(p.dtype)
-            close(p, cell.theta, stored or tolerances.STORED[p.dtype], f"{where}: parameter")
+            close(p, cell.theta, stored or tolerances.STORED[p.dtype], f"{where}: parameter", largest["theta"])
             state = self.optimizer.state.get(p, {})
             if not state:
                 assert cell.t == 0, f"{where}: no state after {cell.t} steps"
                 continue
             row = tolerances.STATE[p.dtype]
-            close(state["exp_avg" if self.adaptive else "momentum_buffer"], cell.m, row, f"{where}: momentum")
+            momentum = state["exp_avg" if self.adaptive else "momentum_buffer"]
+            close(momentum, cell.m, row, f"{where}: momentum", largest["m"])
             if self.adaptive:
                 close(state["exp_avg_sq"], cell.v, row, f"{where}: second moment")
             assert float(state["step"]) == cell.t, where

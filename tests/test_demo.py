@@ -205,7 +205,6 @@ def test_smoothing_has_no_lag_and_keeps_the_length():
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("task", task_names())
 def test_same_seed_same_numbers_on_a_gpu(tmp_path, task):
     first, second = (_demo(tmp_path / name, "--task", task, "--device", "cuda")[1] for name in "ab")

@@ -1,6 +1,7 @@
-"""The Triton kernels on a Step: against float64 equations, plain Philox and themselves; in the interpreter without a GPU.
+"""The Triton kernels on a Step: against float64 equations, plain Philox and themselves.
 
-The optimizers on top of them are compared with the judge in the modules of each subject.
+In the interpreter where there is no GPU. The optimizers on top are compared with the judge in the modules of each
+subject.
 """
 
 from __future__ import annotations
@@ -24,11 +25,15 @@ from torsion.ops._rules import ADATAM, TAM, Rule
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
+from test_triton_rounding import down_or_up, plain_noise  # noqa: E402
 
-from torsion.triton_kernels import adatam, engine, storage, table, tam  # noqa: E402
-from torsion.triton_kernels.philox import philox  # noqa: E402
+from torsion.triton_kernels import adatam, engine, table, tam  # noqa: E402
 
-pytestmark = [pytest.mark.triton, pytest.mark.backend("triton")]
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.backend("triton"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
+]
 DEVICE = "cpu" if engine.INTERPRETED else "cuda"
 MODULES: dict[str, Any] = {"tam": tam, "adatam": adatam}
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -153,7 +158,8 @@ CASES: dict[str, Callable[[Rule], Step]] = {
     "decoupled": lambda r: step_of(r, SMALL, {"lr": 0.1, "weight_decay": 0.3, "decoupled": 1}),
     "maximize one group": lambda r: step_of(r, SMALL, {"maximize": 1}, {}, groups=[0, 1]),
     "scaled and clipped": lambda r: step_of(
-        r, SMALL, grad_scale=torch.tensor(8.0, device=DEVICE), max_grad_norm=0.5, found_inf=torch.zeros(1, device=DEVICE)
+        r, SMALL, max_grad_norm=0.5,
+        grad_scale=torch.tensor(8.0, device=DEVICE), found_inf=torch.zeros(1, device=DEVICE),
     ),
     "clip above the norm": lambda r: step_of(r, SMALL, max_grad_norm=1e9),
     "rates in tensors": lambda r: step_of(
@@ -258,34 +264,6 @@ def test_same_bits_as_the_reference(rule, monkeypatch):
     assert same_bits(ours.params + ours.states[0], theirs.params + theirs.states[0])
 
 
-# Rounding
-
-
-def plain_philox(seed: int, index: int, step: int, stream: int) -> list[int]:
-    """Salmon et al. 2011 in Python integers."""
-    low = 0xFFFFFFFF
-    c, k = [index & low, index >> 32, step, stream], [seed & low, seed >> 32]
-    for _ in range(10):
-        a, b = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
-        c = [(b >> 32) ^ c[1] ^ k[0], b & low, (a >> 32) ^ c[3] ^ k[1], a & low]
-        k = [(k[0] + 0x9E3779B9) & low, (k[1] + 0xBB67AE85) & low]
-    return c
-
-
-def plain_noise(n: int, seed: int, key: int, step: int, stream: int) -> Tensor:
-    words = {b: plain_philox(seed, b, step, stream) for b in range(key >> 3, (key + n >> 3) + 1)}
-    return torch.tensor([words[e >> 3][(e >> 1) & 3] >> 16 * (e & 1) & 0xFFFF for e in range(key, key + n)])
-
-
-def down_or_up(x: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:
-    """The neighbours of x in ``dtype``: the one away from zero where noise exceeds what truncation leaves."""
-    dropped = 16 if dtype == BF16 else 13
-    bits = x.view(torch.int32).long()
-    kept = bits >> dropped << dropped
-    up = (noise & (1 << dropped) - 1) + (bits - kept) >= 1 << dropped
-    return (kept + (up.long() << dropped)).to(torch.int32).view(F32).to(dtype)
-
-
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 @pytest.mark.parametrize(("key", "extra"), [(0, 13), ((1 << 35) + 5, -7)], ids=["blocks and a tail", "odd key"])
 def test_stochastic_rounding_is_plain_philox(key, extra, dtype):
@@ -301,77 +279,6 @@ def test_stochastic_rounding_is_plain_philox(key, extra, dtype):
     expected = down_or_up(exact.params[0].cpu(), dtype, plain_noise(n, seed, key, 4, 2))
     assert same_bits(step.params, [expected])
     assert not torch.equal(expected, exact.params[0].cpu().to(dtype))
-
-
-@triton.jit
-def _round_kernel(x, noise, near, random, WORD: tl.constexpr, N: tl.constexpr):
-    i = tl.arange(0, N)
-    value = tl.load(x + i).to(tl.float32, bitcast=True)
-    tl.store(near + i, storage.nearest(value, WORD).to(tl.int32))
-    tl.store(random + i, storage.stochastic(value, tl.load(noise + i).to(tl.uint32), WORD).to(tl.int32))
-
-
-@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-def test_rounding_of_any_bits(dtype):
-    """Every exponent, both signs, ties, Inf, NaN, subnormals."""
-    n, dropped = 8192, 16 if dtype == BF16 else 13
-    bits = torch.randint(-(2**31), 2**31, (n,))
-    bits[::3] = bits[::3] >> dropped << dropped | 1 << dropped - 1  # ties
-    corners = [
-        0x7F800000,
-        0x7FC00001,
-        0,
-        0x477FEFFF,
-        0x477FF000,
-        0x47800000,
-        0x33000000,
-        0x33000001,
-        0x38800000,
-        0x387FFFFF,
-    ]
-    bits[: len(corners)] = torch.tensor(corners)
-    noise = torch.randint(0, 2**16, (n,))
-    bits, noise = bits.to(DEVICE, torch.int32), noise.to(DEVICE, torch.int32)
-    near, random = torch.zeros_like(bits), torch.zeros_like(bits)
-    _round_kernel[(1,)](bits, noise, near, random, WORD=tl.bfloat16 if dtype == BF16 else tl.float16, N=n)
-    x, near, random = bits.view(F32), near.to(torch.int16).view(dtype), random.to(torch.int16).view(dtype)
-    assert torch.equal(near.isnan(), x.isnan())
-    assert same_bits([near[~x.isnan()]], [x.to(dtype)[~x.isnan()]])
-    assert torch.equal(random.isnan(), x.isnan())
-    finite = x.abs() < torch.finfo(dtype).max
-    least = torch.tensor(2.0**-24 if dtype == F16 else 2.0**-133, device=DEVICE)
-    unit = torch.maximum(x.abs() * 2.0 ** (dropped - 23), least)
-    assert ((random.float() - x).abs() <= unit)[finite].all()
-    exact = finite & (x.to(dtype).float() == x)
-    assert same_bits([random[exact]], [x[exact].to(dtype)])
-
-
-@triton.jit
-def _philox_kernel(out, seed, index, step, stream, N: tl.constexpr):
-    i = tl.arange(0, N)
-    words = philox(
-        tl.load(seed), tl.load(index) + i.to(tl.int64), tl.load(step).to(tl.uint32), tl.load(stream).to(tl.uint32)
-    )
-    for k in tl.static_range(4):
-        tl.store(out + k * N + i, words[k].to(tl.int64))
-
-
-@pytest.mark.parametrize(
-    ("seed", "index", "step", "stream", "first"),
-    [
-        (0, 0, 0, 0, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-        (0x299F31D0A4093822, 0x85A308D3243F6A88, 0x13198A2E, 0x03707344, "d16cfe09 94fdcceb 5001e420 24126ea1"),
-    ],
-    ids=["zeros", "pi"],
-)
-def test_philox_known_answers(seed, index, step, stream, first):
-    """Vectors of the authors' Random123; then its neighbours from plain integers."""
-    signed = [struct.unpack("q", struct.pack("Q", x))[0] for x in (seed, index, step, stream)]
-    out = torch.zeros(4, 16, dtype=torch.int64, device=DEVICE)
-    _philox_kernel[(1,)](out, *(torch.tensor([x], device=DEVICE) for x in signed), N=16)
-    assert [f"{x & 0xFFFFFFFF:08x}" for x in out[:, 0].tolist()] == first.split()
-    expected = [plain_philox(seed, index + i, step, stream) for i in range(16)]
-    assert (out & 0xFFFFFFFF).T.tolist() == expected
 
 
 # Tables

@@ -1,7 +1,7 @@
 """How close is close enough: the only tolerances of the suite. A looser row says why, as a bound one can check.
 
-``rtol`` is relative to each number, ``scale`` to the largest number of the tensor (sums of terms that cancel keep the
-error of their terms), ``atol`` absolute.
+``rtol`` is relative to each number, ``scale`` to the largest number of the tensor or that the caller names (sums of terms
+that cancel keep the error of their terms), ``atol`` absolute.
 """
 
 from __future__ import annotations
@@ -67,13 +67,13 @@ REORDERED = Row(0.0, scale=1e-11, why="1e-16 a step, divided by norms that may b
 NORM = Row(1e-6, why="gradients in float32 before and after division by a scale that is no power of two")
 
 
-def close(actual: Tensor, expected: Tensor | float, row: Row, what: str = "") -> None:
+def close(actual: Tensor, expected: Tensor | float, row: Row, what: str = "", largest: float = 0.0) -> None:
     """Assert that ``actual`` is within ``row`` of ``expected``, element by element; NaN is close to nothing."""
     a, b = actual.detach().cpu().double(), torch.as_tensor(expected, dtype=torch.float64).detach().cpu()
     assert a.shape == b.shape, f"{what}: {tuple(a.shape)} against {tuple(b.shape)}"
     if not b.numel():
         return
-    bound = row.rtol * b.abs() + row.scale * b.abs().max() + row.atol
+    bound = row.rtol * b.abs() + row.scale * max(float(b.abs().max()), largest) + row.atol
     off = (a - b).abs()
     good = (a == b) | (off <= bound)  # infinities of one sign are equal, NaN is not
     if not good.all():

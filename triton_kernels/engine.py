@@ -199,10 +199,10 @@ def rates(hyper, k):
     return lr, tl.where(decoupled, 0.0, decay), tl.where(decoupled, 1 - lr * decay, 1.0)
 
 
-# BLOCK elements a loop turn of reduce and update: with 256 threads four each, one 128-bit access in float32; eight would
-# double the registers. The interpreter pays per operation, not per element; tests may set another power of two.
-# TILE chunks, rows or scopes a turn of the others. None below the number of threads: Triton may repeat the load of a smaller
-# tensor, and where the result is stored in place the second load could come too late.
+# Reduce and update take BLOCK elements a loop turn: with 256 threads four each, one 128-bit access in float32. The
+# interpreter pays per operation, not per element; tests may set another power of two. The other kernels take TILE chunks,
+# rows or scopes a turn. Neither may fall below the number of threads: Triton may repeat the load of a smaller tensor,
+# and where the result is stored in place the second load could come too late.
 INTERPRETED = not isinstance(reduce_kernel, triton.runtime.JITFunction)
 WARPS = 8
 BLOCK = 4096 if INTERPRETED else 1024

@@ -115,20 +115,20 @@ class Watch {
   bool same_tensors() {
     for (Entry& e : entries_) {
       if (e.state && !same_items(e.state.ptr(), e.values)) return false;
-      py::object grad = attribute(e.param.ptr(), names().grad);
+      py::object grad = property(e.param.ptr(), names().grad);
       if (!grad) return false;
       if (e.row < 0) {
         if (!grad.is_none()) return false;
         continue;
       }
       if (grad.is_none()) return false;
-      py::object param = e.local ? attribute(e.param.ptr(), names().local) : e.param;
-      if (e.local) grad = attribute(grad.ptr(), names().local);
+      py::object param = e.local ? local_of(e.param) : e.param;
+      if (e.local) grad = local_of(grad);
       if (!param || !grad || call(param, names().data_ptr) != e.pointers[0] ||
           call(param, names().numel) != uint64_t(e.numel) || !same_kind(e, grad))
         return false;
       for (size_t k = 0; k < e.tensors.size(); ++k) {
-        const py::object t = e.local ? attribute(e.tensors[k].ptr(), names().local) : e.tensors[k];
+        const py::object t = e.local ? local_of(e.tensors[k]) : e.tensors[k];
         if (!t || call(t, names().data_ptr) != e.pointers[k + 2]) return false;
       }
       const uint64_t at = call(grad, names().data_ptr);
@@ -138,7 +138,7 @@ class Watch {
   }
 
   static bool same_kind(const Entry& e, const py::object& grad) {
-    if (attribute(grad.ptr(), names().dtype).ptr() != e.grad_dtype.ptr()) return false;
+    if (property(grad.ptr(), names().dtype).ptr() != e.grad_dtype.ptr()) return false;
     if (e.contiguous) return call_object(grad, names().is_contiguous).ptr() == Py_True;
     const py::object stride = call_object(grad, names().stride);
     return stride && PyObject_RichCompareBool(stride.ptr(), e.grad_stride.ptr(), Py_EQ) == 1;
@@ -152,21 +152,29 @@ class Watch {
     e.table->dirty = true;
   }
 
+  // torch's own descriptors, called directly: the lookup by name on every tensor would cost as much as the call.
   struct Names {
-    py::str grad{"grad"}, local{"_local_tensor"}, data_ptr{"data_ptr"}, numel{"numel"}, dtype{"dtype"},
-        is_contiguous{"is_contiguous"}, stride{"stride"};
+    py::object base = py::module_::import("torch").attr("_C").attr("TensorBase");
+    py::object grad = base.attr("grad"), dtype = base.attr("dtype"), data_ptr = base.attr("data_ptr"),
+               numel = base.attr("numel"), is_contiguous = base.attr("is_contiguous"), stride = base.attr("stride");
+    py::str local{"_local_tensor"};
   };
   static const Names& names() {
     static const Names* const n = new Names;  // never freed: the interpreter may be gone when statics are
     return *n;
   }
-  static py::object attribute(PyObject* o, const py::str& name) {
-    return py::reinterpret_steal<py::object>(PyObject_GetAttr(o, name.ptr()));
+  static py::object property(PyObject* o, const py::object& descriptor) {
+    PyTypeObject* const type = Py_TYPE(descriptor.ptr());
+    return py::reinterpret_steal<py::object>(
+        type->tp_descr_get(descriptor.ptr(), o, reinterpret_cast<PyObject*>(Py_TYPE(o))));
   }
-  static py::object call_object(const py::object& o, const py::str& method) {
-    return py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(o.ptr(), method.ptr()));
+  static py::object local_of(const py::object& o) {
+    return py::reinterpret_steal<py::object>(PyObject_GetAttr(o.ptr(), names().local.ptr()));
   }
-  static uint64_t call(const py::object& o, const py::str& method) {
+  static py::object call_object(const py::object& o, const py::object& method) {
+    return py::reinterpret_steal<py::object>(PyObject_CallOneArg(method.ptr(), o.ptr()));
+  }
+  static uint64_t call(const py::object& o, const py::object& method) {
     const py::object r = call_object(o, method);
     return r ? PyLong_AsUnsignedLongLong(r.ptr()) : ~uint64_t(0);
   }

@@ -44,12 +44,14 @@ def obstacle(name: str, device: str) -> str:
 
 
 def choose(device: str, requested: str | None = None) -> tuple[str, str]:
-    """Return the back end for tensors on ``device`` and the reason, ``requested`` before TORSION_BACKEND before the best.
+    """Return the back end for tensors on ``device`` and why: ``requested`` before TORSION_BACKEND before the best.
 
     Raises:
         ValueError: an unknown name, or one that cannot run on this device; the message says what is missing.
     """
-    forced, by = (requested, "backend") if requested is not None else (os.environ.get("TORSION_BACKEND"), "TORSION_BACKEND")
+    forced, by = requested, "backend"
+    if requested is None:
+        forced, by = os.environ.get("TORSION_BACKEND"), "TORSION_BACKEND"
     if forced:
         if forced not in NAMES:
             raise ValueError(f"{by}={forced!r} is not a back end; use one of {', '.join(NAMES)}, or none for the best")

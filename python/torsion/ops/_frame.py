@@ -1,4 +1,4 @@
-"""One optimizer step as the ops take it: lists of tensors, their scopes and groups, and the scalars that stay on the device."""
+"""One optimizer step as the ops take it: lists of tensors, their scopes and groups, scalars that stay on the device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 COMMON_HYPER = ("lr", "weight_decay", "decoupled", "maximize", "stochastic", "seed")
-"""Columns of ``hyper`` that every rule has; a rule appends its own. Booleans are 0 or 1; a NaN lr takes the next of ``lrs``."""
+"""Columns of ``hyper`` that every rule has; a rule appends its own. Flags are 0 or 1; lr NaN: the next of ``lrs``."""
 
 SHARED = ("correlation", "cosine", "damping")
 """Columns of ``shared``: the smoothed cosine s^, the last cosine s, and (1 + s^) / 2."""

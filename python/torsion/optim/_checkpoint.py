@@ -1,4 +1,4 @@
-"""Checkpoints: torsion's own and those of torch's SGD, Adam and AdamW, checked as a whole before anything is written."""
+"""Checkpoints: torsion's own and those of torch's SGD, Adam and AdamW, all checked before anything is written."""
 
 from __future__ import annotations
 
@@ -21,20 +21,24 @@ def merged_groups(saved: Any, current: list[dict[str, Any]], own: tuple[str, ...
     Raises:
         ValueError: groups do not fit, or hold a setting the method does not have.
     """
-    if not isinstance(saved, list) or not all(isinstance(g, Mapping) and isinstance(g.get("params"), list) for g in saved):
-        raise ValueError(f"{cls}: the checkpoint's param_groups are damaged; it must come from an optimizer's state_dict()")
+    remedy = "pass what an optimizer's state_dict() returned"
+    if not isinstance(saved, list) or not all(
+        isinstance(g, Mapping) and isinstance(g.get("params"), list) for g in saved
+    ):
+        raise ValueError(f"{cls}: the checkpoint's param_groups is no list of groups with params; {remedy}")
     ids = [pid for group in saved for pid in group["params"]]
     if len(set(ids)) < len(ids):
-        raise ValueError(f"{cls}: the checkpoint's groups list a parameter twice; it must come from an optimizer's state_dict()")
+        raise ValueError(f"{cls}: the checkpoint's groups list a parameter twice ({ids}); {remedy}")
     if len(saved) != len(current):
         raise ValueError(
-            f"{cls}: the checkpoint has {len(saved)} parameter groups, this optimizer {len(current)}; build it with the same groups"
+            f"{cls}: the checkpoint has {len(saved)} parameter groups, this optimizer {len(current)}; "
+            "build it with the same groups"
         )
     groups = []
     for i, (old, new) in enumerate(zip(current, saved, strict=True)):
         if len(old["params"]) != len(new["params"]):
             raise ValueError(
-                f"{cls}: group {i} has {len(new['params'])} parameters in the checkpoint and {len(old['params'])} here; "
+                f"{cls}: group {i} has {len(new['params'])} parameters in the checkpoint, {len(old['params'])} here; "
                 "build the optimizer for the same model"
             )
         stranger = next((k for k in _FAMILIES if k in new and k not in old), None)
@@ -44,7 +48,10 @@ def merged_groups(saved: Any, current: list[dict[str, Any]], own: tuple[str, ...
                 "load a checkpoint of the same family of optimizers"
             )
         if len(new.get("param_names", new["params"])) != len(new["params"]):
-            raise ValueError(f"{cls}: group {i} of the checkpoint has names for other parameters than it lists; delete param_names")
+            raise ValueError(
+                f"{cls}: group {i} of the checkpoint has {len(new['param_names'])} param_names for "
+                f"{len(new['params'])} parameters; {remedy}"
+            )
         for name, plain in _REFUSED.items():
             if new.get(name, plain) not in (plain, None):
                 raise ValueError(

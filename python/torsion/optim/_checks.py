@@ -1,4 +1,4 @@
-"""Checks of constructor arguments, groups, gradients and checkpoints. Each message names what, its value and the remedy."""
+"""Checks of constructor arguments, groups, gradients and state. Each message names what, its value and the remedy."""
 
 from __future__ import annotations
 
@@ -74,12 +74,13 @@ def rate(where: str, value: object) -> None:
         if value.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"{where}lr: a tensor must be float32 or float64, got {value.dtype}; call .float() on it")
         if value.numel() != 1:
-            raise ValueError(f"{where}lr: a tensor must hold one number, got shape {tuple(value.shape)}; use a group per rate")
+            shape = tuple(value.shape)
+            raise ValueError(f"{where}lr: a tensor must hold one number, got shape {shape}; use a group per rate")
         return
     at_least_zero(where, "lr", value)
 
 
-def word(where: str, name: str, value: object, allowed: Iterable[str], more: str = "") -> None:
+def word(where: str, name: str, value: object, allowed: Sequence[str], more: str = "") -> None:
     """Raise unless ``value`` is one of the ``allowed`` words; ``more`` ends the list of what is."""
     if value not in allowed:
         kind = ValueError if isinstance(value, str) else TypeError
@@ -143,10 +144,13 @@ def gradient(name: str, p: Tensor, grad: Tensor) -> None:
     if grad.device != p.device:
         raise ValueError(f"{name}: grad is on {grad.device}, the parameter on {p.device}; move them together")
     if grad.dtype != p.dtype and torch.promote_types(grad.dtype, p.dtype) != p.dtype:
-        raise TypeError(f"{name}: grad is {grad.dtype} and the parameter {p.dtype}; cast the gradient, it would lose digits")
+        raise TypeError(
+            f"{name}: grad is {grad.dtype}, the parameter {p.dtype}; cast the gradient, it would lose digits"
+        )
     _of_one_kind(name, p, "gradient", grad)
-    if _layout.may_overlap(_sharding.local(p)):
-        raise ValueError(f"{name}: its elements share memory (strides {_sharding.local(p).stride()}); make it .contiguous()")
+    local = _sharding.local(p)
+    if _layout.may_overlap(local):
+        raise ValueError(f"{name}: its elements share memory (strides {local.stride()}); make it .contiguous()")
 
 
 def state(name: str, p: Tensor, held: Mapping[str, Any] | None, keys: Iterable[str]) -> None:
@@ -156,7 +160,7 @@ def state(name: str, p: Tensor, held: Mapping[str, Any] | None, keys: Iterable[s
         if not isinstance(value, Tensor) or value.shape != p.shape:
             found = f"has shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"is {type(value).__name__}"
             raise ValueError(
-                f"{name}: state {key!r} {found}, needs shape {tuple(p.shape)}; restore it, or delete the parameter's state"
+                f"{name}: state {key!r} {found}, needs shape {tuple(p.shape)}; restore it or delete all state of it"
             )
         _of_one_kind(name, p, f"state {key!r}", value)
 

@@ -101,8 +101,9 @@ class Part:
 
     def __post_init__(self) -> None:
         """Build the launch table of a compiled back end."""
-        self.written = [t for m in self.members for t in (m.write_back if m.write_back is not None else m.param, *m.states)]
         self.copies = [m for m in self.members if m.write_back is not None]
+        self.written = [m.param if m.write_back is None else m.write_back for m in self.members]
+        self.written += [t for m in self.members for t in m.states]
         if self.backend not in ("cpu", "cuda"):
             return
         members = self.members
@@ -112,7 +113,7 @@ class Part:
         self.table.build(
             pointers=[[t.data_ptr() for t in stream] for stream in streams],
             numel=[m.param.numel() for m in members],
-            kinds=[(_STOCHASTIC if m.stochastic else _KINDS).get(m.param.dtype, _KINDS[m.param.dtype]) for m in members],
+            kinds=[(_KINDS | _STOCHASTIC if m.stochastic else _KINDS)[m.param.dtype] for m in members],
             scopes=[m.scope for m in members],
             groups=[m.group for m in members],
             slots=[m.slot for m in members],

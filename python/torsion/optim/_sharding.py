@@ -20,7 +20,7 @@ def is_dtensor(t: Tensor) -> bool:
 
 def local(t: Tensor) -> Tensor:
     """The part of ``t`` that this process holds."""
-    return t._local_tensor if is_dtensor(t) else t  # type: ignore[attr-defined, no-any-return]
+    return t._local_tensor if is_dtensor(t) else t  # type: ignore[attr-defined]
 
 
 def matching(param: Any, t: Any) -> Tensor:
@@ -55,7 +55,7 @@ class Mesh:
         if is_dtensor(param):
             mesh = param.device_mesh
             distinct = math.prod(mesh.size(d) for d, place in enumerate(param.placements) if place.is_shard())
-        return distinct / self.mesh.size()
+        return float(distinct / self.mesh.size())
 
     @staticmethod
     def first_element(param: Any) -> int:

@@ -110,9 +110,9 @@ class AdaTAM(TorqueOptimizer):
 class AdaTAMW(AdaTAM):
     """AdaTAM with decoupled weight decay, a drop-in for ``torch.optim.AdamW``.
 
-    The parameter is first multiplied by 1 - lr weight_decay, and the momentum takes the gradient alone. At 0.1 to 0.2 of
-    AdamW's learning rate (see :class:`AdaTAM`) the decay per step shrinks as much: raise ``weight_decay`` by the inverse
-    to keep it. Arguments and errors are those of :class:`AdaTAM`.
+    The parameter is first multiplied by 1 - lr weight_decay, and the momentum takes the gradient alone. At 0.1 to 0.2
+    of AdamW's learning rate (see :class:`AdaTAM`) the decay per step shrinks as much: raise ``weight_decay`` by the
+    inverse to keep it. Arguments and errors are those of :class:`AdaTAM`.
     """
 
     _decoupled = True
