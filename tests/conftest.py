@@ -53,6 +53,12 @@ def compiled_target(request: pytest.FixtureRequest) -> Target:
     return request.param
 
 
+@pytest.fixture(params=_params([t for t in TARGETS if t.backend == "triton"]))
+def triton_target(request: pytest.FixtureRequest) -> Target:
+    """Triton in the interpreter, or on the GPU where there is one."""
+    return request.param
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what this machine lacks, by name. A module that was built and does not load is no reason."""
     device = "cuda" if item.get_closest_marker("cuda") else "cpu"

@@ -52,8 +52,9 @@ class Target:
         return cls(params, backend=self.backend, **keywords)
 
     def parameter(self, values: Any, dtype: torch.dtype = torch.float64, layout: str = "contiguous") -> torch.nn.Parameter:
-        values = torch.as_tensor(values, dtype=torch.float64)
-        return torch.nn.Parameter(lay(values.to(self.device, dtype), layout))
+        """A leaf with these values in memory of its own."""
+        values = torch.as_tensor(values, dtype=torch.float64).to(self.device, dtype, copy=True)
+        return torch.nn.Parameter(lay(values, layout))
 
 
 TARGETS = [Target("cpu", "cpu"), Target("reference", "reference")]

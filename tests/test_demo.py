@@ -198,6 +198,12 @@ def test_the_verdict_says_when_a_difference_is_noise(tam, verdict):
     assert verdict in comparison.compare(_runs("SGD", [99.0, 98.95, 99.05]), _runs("TAM", tam), metric)
 
 
+def test_a_diverged_run_is_shown_and_breaks_nothing():
+    assert comparison.summarize([math.nan, 1.0]).show(2) == "nan"
+    assert comparison.summarize([1.0, 3.0]).show(1) == "2.0 ± 1.4"
+    assert comparison.summarize([]).show(2) == "-"
+
+
 def test_smoothing_has_no_lag_and_keeps_the_length():
     assert comparison.smoothed([1.0, 2.0, 3.0, 4.0, 5.0], 3) == pytest.approx([1.0, 2.0, 3.0, 4.0, 5.0])
     assert comparison.smoothed([0.0, 3.0, 0.0], 3) == pytest.approx([0.0, 1.0, 0.0])

@@ -80,13 +80,9 @@ def test_case(name, dtype, fast_target):
     _play(Golden(name, fast_target, dtype))
 
 
-@pytest.mark.triton
-@pytest.mark.backend("triton")
 @pytest.mark.parametrize("name", ["T2", "T5", "A2"])  # the rest is the same kernels with other numbers
-def test_case_in_the_triton_interpreter(name):
-    if torch.cuda.is_available():
-        pytest.skip("Triton runs on the GPU in this process; test_case covers it")
-    _play(Golden(name, Target("triton-interpreter", "triton"), torch.float64))
+def test_case_in_triton(name, triton_target):
+    _play(Golden(name, triton_target, torch.float64))
 
 
 @pytest.mark.parametrize("name", ["T5", "T6"])

@@ -200,9 +200,9 @@ def rates(hyper, k):
 
 
 # Reduce and update take BLOCK elements a loop turn: with 256 threads four each, one 128-bit access in float32. The
-# interpreter pays per operation, not per element; tests may set another power of two. The other kernels take TILE chunks,
-# rows or scopes a turn. Neither may fall below the number of threads: Triton may repeat the load of a smaller tensor,
-# and where the result is stored in place the second load could come too late.
+# interpreter pays per operation, not per element; tests may set another power of two. The other kernels take TILE
+# chunks, rows or scopes a turn. Neither may fall below the number of threads: Triton may repeat the load of a smaller
+# tensor, and where the result is stored in place the second load could come too late.
 INTERPRETED = not isinstance(reduce_kernel, triton.runtime.JITFunction)
 WARPS = 8
 BLOCK = 4096 if INTERPRETED else 1024

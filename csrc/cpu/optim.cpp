@@ -32,7 +32,8 @@ void run(Table& table, const StepTensors& in, cpu::Phase phase, const MaybeTenso
 
 void tam(TensorList params, TensorList grads, TensorList momentum_buffers, Tensor shared, Tensor steps, Tensor status,
          Tensor hyper, TensorList lrs, std::vector<int64_t> scopes, std::vector<int64_t> groups,
-         std::vector<int64_t> slots, MaybeTensor grad_scale, MaybeTensor found_inf, std::optional<double> max_grad_norm) {
+         std::vector<int64_t> slots, MaybeTensor grad_scale, MaybeTensor found_inf,
+         std::optional<double> max_grad_norm) {
   Table table = table_of<Tam>({&params, &grads, &momentum_buffers}, scopes, groups, slots, shared, hyper, Tam::kName);
   run<Tam>(table, {shared, steps, status, hyper, lrs, grad_scale, found_inf, max_grad_norm}, cpu::Phase::whole, {});
 }

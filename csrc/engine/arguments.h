@@ -107,14 +107,16 @@ inline double read_rate(const Tensor& t, const char* op) {
 
 // The groups' numbers; a NaN rate takes the next of `lrs`. on_device(group, tensor) is told of rates the host can't read.
 template <class Rule, class OnDevice>
-std::vector<typename Rule::Hyper> read_hyper(const Table& table, const StepTensors& in, const char* op, OnDevice on_device) {
+std::vector<typename Rule::Hyper> read_hyper(const Table& table, const StepTensors& in, const char* op,
+                                             OnDevice on_device) {
   std::vector<typename Rule::Hyper> hyper(size_t(table.n_groups));
   if (hyper.empty()) return hyper;
   memcpy(hyper.data(), in.hyper.const_data_ptr(), hyper.size() * sizeof(typename Rule::Hyper));
   size_t next = 0;
   for (size_t g = 0; g < hyper.size(); ++g) {
     if (!std::isnan(hyper[g].lr)) continue;
-    STD_TORCH_CHECK(next < in.lrs.size(), op, ": hyper asks for more learning rates than lrs holds (", in.lrs.size(), ")");
+    STD_TORCH_CHECK(next < in.lrs.size(), op, ": hyper asks for more learning rates than lrs holds (", in.lrs.size(),
+                    ")");
     const Tensor& rate = in.lrs[next++];
     if (rate.is_cpu())
       hyper[g].lr = read_rate(rate, op);
@@ -144,8 +146,10 @@ Table table_of(const std::vector<const TensorList*>& streams, const std::vector<
   const auto* numbers = static_cast<const typename Rule::Hyper*>(hyper.const_data_ptr());
   for (size_t i = 0; i < n; ++i) {
     const Tensor& param = params[i];
-    STD_TORCH_CHECK(scopes[i] >= 0 && scopes[i] < table.n_scopes, op, ": scopes[", i, "] = ", scopes[i], " is outside shared");
-    STD_TORCH_CHECK(groups[i] >= 0 && groups[i] < table.n_groups, op, ": groups[", i, "] = ", groups[i], " is outside hyper");
+    STD_TORCH_CHECK(scopes[i] >= 0 && scopes[i] < table.n_scopes, op, ": scopes[", i, "] = ", scopes[i],
+                    " is outside shared");
+    STD_TORCH_CHECK(groups[i] >= 0 && groups[i] < table.n_groups, op, ": groups[", i, "] = ", groups[i],
+                    " is outside hyper");
     STD_TORCH_CHECK(slots[i] >= 0, op, ": slots[", i, "] is negative");
     STD_TORCH_CHECK(is_dense(param), op, ": params[", i, "] has holes or overlaps in memory; pass a contiguous copy");
     Row row{};
@@ -155,9 +159,10 @@ Table table_of(const std::vector<const TensorList*>& streams, const std::vector<
       const Tensor& t = (*streams[k])[i];
       STD_TORCH_CHECK(t.scalar_type() == (k < 2 ? param.scalar_type() : state), op, ": list ", k, ", tensor ", i,
                       " has the wrong dtype: gradients have the parameter's, state is float32 (float64 for float64)");
-      STD_TORCH_CHECK(same_layout(t, param), op, ": list ", k, ", tensor ", i, " differs from its parameter in sizes or strides");
-      STD_TORCH_CHECK(t.get_device_index() == param.get_device_index() && t.is_cuda() == shared.is_cuda(), op, ": list ", k,
-                      ", tensor ", i, " is on another device");
+      STD_TORCH_CHECK(same_layout(t, param), op, ": list ", k, ", tensor ", i,
+                      " differs from its parameter in sizes or strides");
+      STD_TORCH_CHECK(t.get_device_index() == param.get_device_index() && t.is_cuda() == shared.is_cuda(), op,
+                      ": list ", k, ", tensor ", i, " is on another device");
       row.at[k] = const_cast<void*>(t.const_data_ptr());
     }
     row.n = param.numel();

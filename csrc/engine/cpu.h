@@ -77,6 +77,13 @@ struct Stochastic {
 
 enum class Pass { reduce, update };
 
+// What is worked on after this piece. A small tensor is over before the hardware has noticed its streams, so each line
+// of it is asked for while its predecessor is computed (1000 x 1024 fp32: 0.83 against 0.91 ms a step).
+struct Next {
+  void* const* at;
+  int64_t begin;
+};
+
 template <class Rule, class T, class Round>
 struct Body {
   using M = typename T::Math;
@@ -114,7 +121,7 @@ struct Body {
     TORSION_INLINE double& operator[](int k) const { return sums[k][lane]; }
   };
 
-  // Asks for `count` elements of each stream of the pass, so far ahead of element i that they arrive in time.
+  // Asks for `count` elements of each stream of the pass, from element i on.
   template <Pass P>
   static TORSION_INLINE void prefetch(void* const* at, int64_t i, int64_t count) {
     E e{};
@@ -123,7 +130,7 @@ struct Body {
       using Q = typename T::template Of<Of::role>;
       if constexpr (P == Pass::update || (Of::io != Io::write && Of::reduced))
         for (int64_t line = 0; line < count * int64_t(sizeof(Q)); line += 64)
-          __builtin_prefetch(reinterpret_cast<const char*>(static_cast<const Q*>(at[k]) + i + kAhead) + line,
+          __builtin_prefetch(reinterpret_cast<const char*>(static_cast<const Q*>(at[k]) + i) + line,
                              P == Pass::update && Of::io != Io::read);
       ++k;
     };
@@ -139,7 +146,8 @@ struct Body {
     }
   }
 
-  static TORSION_INLINE void reduce(const Row& row, int64_t begin, int64_t end, double pre_, double* out) {
+  static TORSION_INLINE void reduce(const Row& row, int64_t begin, int64_t end, const Next& next, double pre_,
+                                    double* out) {
     void* at[S];
     for (int k = 0; k < S; ++k) at[k] = row.at[k];
     const M pre = M(pre_);
@@ -150,11 +158,14 @@ struct Body {
       // (fp32 from memory: reduce 0.53 against 0.69 ns per element, update 0.75 against 0.92).
       for (; i < begin + kChunk / kPlaces; i += kLanes)
         for (int64_t place = 0; place < kChunk; place += kChunk / kPlaces) {
-          prefetch<Pass::reduce>(at, i + place, kLanes);
+          prefetch<Pass::reduce>(at, i + place + kAhead, kLanes);
           add_lanes(at, i + place, pre, a);
         }
     } else {
-      for (; i + kLanes <= end; i += kLanes) add_lanes(at, i, pre, a);
+      for (; i + kLanes <= end; i += kLanes) {
+        prefetch<Pass::reduce>(next.at, next.begin + i - begin, kLanes);
+        add_lanes(at, i, pre, a);
+      }
       for (int l = 0; i < end; ++i, ++l) {
         E e{};
         load<Pass::reduce>(e, at, i, pre);
@@ -168,8 +179,8 @@ struct Body {
     }
   }
 
-  static TORSION_INLINE void update(const Row& row, int64_t begin, int64_t end, double pre_, const double* coefficients,
-                                    uint64_t seed, uint32_t step) {
+  static TORSION_INLINE void update(const Row& row, int64_t begin, int64_t end, const Next& next, double pre_,
+                                    const double* coefficients, uint64_t seed, uint32_t step) {
     void* at[S];
     for (int k = 0; k < S; ++k) at[k] = row.at[k];
     const M pre = M(pre_);
@@ -193,27 +204,20 @@ struct Body {
     if (end - begin == kChunk) {
       for (; i < begin + kPlace; i += Round::kSpan)
         for (int64_t x = i; x < i + kChunk; x += kPlace) {
-          prefetch<Pass::update>(at, x, Round::kSpan);
+          prefetch<Pass::update>(at, x + kAhead, Round::kSpan);
           span(x, x + Round::kSpan);
         }
     } else {
-      for (; i < end; i += Round::kSpan) span(i, std::min(end, i + Round::kSpan));
+      for (; i < end; i += Round::kSpan) {
+        prefetch<Pass::update>(next.at, next.begin + i - begin, Round::kSpan);
+        span(i, std::min(end, i + Round::kSpan));
+      }
     }
   }
 };
 
-// A small tensor is over before the hardware has noticed its streams: ask for the first lines of the next piece's.
-template <class Rule>
-TORSION_INLINE void prefetch_start(const Row& row, int64_t element) {
-  const int64_t bytes = row.kind == kF64 ? 8 : row.kind == kF32 ? 4 : 2;
-  for (int k = 0; k < n_streams<Rule>; ++k) {
-    const char* const start = static_cast<const char*>(row.at[k]) + element * (k < 2 ? bytes : std::max<int64_t>(bytes, 4));
-    for (int line = 0; line < 8; ++line) __builtin_prefetch(start + 64 * line);
-  }
-}
-
-using ReducePiece = void (*)(const Row&, int64_t, int64_t, double, double*);
-using UpdatePiece = void (*)(const Row&, int64_t, int64_t, double, const double*, uint64_t, uint32_t);
+using ReducePiece = void (*)(const Row&, int64_t, int64_t, const Next&, double, double*);
+using UpdatePiece = void (*)(const Row&, int64_t, int64_t, const Next&, double, const double*, uint64_t, uint32_t);
 struct PieceFunctions {
   ReducePiece reduce;
   UpdatePiece update;
@@ -237,14 +241,15 @@ inline int isa_level() { return 0; }
 template <class Rule, class T, class Round>
 struct Levels {
   using B = Body<Rule, T, Round>;
-#define TORSION_LEVEL(name, attribute)                                                                                \
-  attribute __attribute__((noinline)) static void reduce_##name(const Row& row, int64_t b, int64_t e, double pre,    \
-                                                                double* out) {                                       \
-    B::reduce(row, b, e, pre, out);                                                                                   \
-  }                                                                                                                   \
-  attribute __attribute__((noinline)) static void update_##name(const Row& row, int64_t b, int64_t e, double pre,    \
-                                                                const double* c, uint64_t seed, uint32_t step) {     \
-    B::update(row, b, e, pre, c, seed, step);                                                                         \
+#define TORSION_LEVEL(name, attribute)                                                                         \
+  attribute __attribute__((noinline)) static void reduce_##name(const Row& row, int64_t b, int64_t e,          \
+                                                                const Next& next, double pre, double* out) {   \
+    B::reduce(row, b, e, next, pre, out);                                                                      \
+  }                                                                                                            \
+  attribute __attribute__((noinline)) static void update_##name(const Row& row, int64_t b, int64_t e,          \
+                                                                const Next& next, double pre, const double* c, \
+                                                                uint64_t seed, uint32_t step) {                \
+    B::update(row, b, e, next, pre, c, seed, step);                                                            \
   }
   TORSION_LEVEL(base, )
 #ifdef TORSION_X86_LEVELS
@@ -264,9 +269,8 @@ struct Levels {
 template <class Rule>
 const PieceFunctions& piece_functions(int32_t kind) {
   static const std::array<PieceFunctions, kKinds> table = {
-      Levels<Rule, F32, Nearest>::pick(),     Levels<Rule, F64, Nearest>::pick(),
-      Levels<Rule, BF16, Nearest>::pick(),    Levels<Rule, F16, Nearest>::pick(),
-      Levels<Rule, BF16, Stochastic>::pick(), Levels<Rule, F16, Stochastic>::pick(),
+      Levels<Rule, F32, Nearest>::pick(), Levels<Rule, F64, Nearest>::pick(),     Levels<Rule, BF16, Nearest>::pick(),
+      Levels<Rule, F16, Nearest>::pick(), Levels<Rule, BF16, Stochastic>::pick(), Levels<Rule, F16, Stochastic>::pick(),
   };
   return table[size_t(kind)];
 }
@@ -325,19 +329,19 @@ struct Runner {
 
   static void run(F& f, int64_t n_pieces, int threads, Phase phase) {
     const double inverse_scale = f.scale();
-    auto end_of = [&](const Row& row, const Piece& p) { return std::min(row.n, (int64_t(p.chunk) + 1) * kChunk); };
-    auto start_next = [&](int64_t k, int64_t end) {
-      if (k < end) prefetch_start<Rule>(f.rows[f.pieces[k].row], int64_t(f.pieces[k].chunk) * kChunk);
+    auto next_of = [&](int64_t k) {
+      const Piece& p = f.pieces[std::min(k + 1, n_pieces - 1)];
+      return Next{f.rows[p.row].at, int64_t(p.chunk) * kChunk};
     };
+    auto end_of = [&](const Row& row, const Piece& p) { return std::min(row.n, (int64_t(p.chunk) + 1) * kChunk); };
     auto team = [&](int rank, int size) {
       const int64_t a = n_pieces * rank / size, z = n_pieces * (rank + 1) / size;
       if (phase != Phase::update) {
         for (int64_t k = a; k < z; ++k) {
           const Piece& p = f.pieces[k];
           const Row& row = f.rows[p.row];
-          start_next(k + 1, z);
-          piece_functions<Rule>(row.kind).reduce(row, p.chunk * kChunk, end_of(row, p), f.pre(row, inverse_scale),
-                                                 f.partial + k * N);
+          piece_functions<Rule>(row.kind).reduce(row, int64_t(p.chunk) * kChunk, end_of(row, p), next_of(k),
+                                                 f.pre(row, inverse_scale), f.partial + k * N);
         }
         if (size > 1) {
 #pragma omp barrier
@@ -353,11 +357,10 @@ struct Runner {
       for (int64_t k = a; k < z; ++k) {
         const Piece& p = f.pieces[k];
         const Row& row = f.rows[p.row];
-        start_next(k + 1, z);
-        piece_functions<Rule>(row.kind).update(
-            row, p.chunk * kChunk, end_of(row, p), f.pre(row, inverse_scale),
-            reinterpret_cast<const double*>(f.coefficients + p.row), uint64_t(f.hyper[row.group].seed),
-            uint32_t(f.steps[row.tensor]));
+        piece_functions<Rule>(row.kind).update(row, int64_t(p.chunk) * kChunk, end_of(row, p), next_of(k),
+                                               f.pre(row, inverse_scale),
+                                               reinterpret_cast<const double*>(f.coefficients + p.row),
+                                               uint64_t(f.hyper[row.group].seed), uint32_t(f.steps[row.tensor]));
       }
     };
     // No more threads than pieces: waking one for nothing costs more than a small step.

@@ -263,7 +263,9 @@ __global__ void __launch_bounds__(Threads, kResident<Rule, T, Round>)
   for (int64_t p = launch.pieces - 1 - int64_t(blockIdx.x); p >= 0; p -= gridDim.x) {
     const Piece piece = f.pieces[launch.first + p];
     const Row& row = f.rows[piece.row];
-    const auto c = cast_numbers<typename B::C, typename Frame<Rule>::Coefficients, M>(f.coefficients[piece.row]);
+    // Copied first: through a reference the conversion reads single bytes.
+    const typename Frame<Rule>::Coefficients wide = f.coefficients[piece.row];
+    const auto c = cast_numbers<typename B::C, typename Frame<Rule>::Coefficients, M>(wide);
     const Round round(uint64_t(f.hyper[row.group].seed), uint32_t(f.steps[row.tensor]), uint32_t(row.tensor));
     B::template update<Threads>(row, piece.chunk, M(f.pre(row, inverse_scale)), c, round);
   }

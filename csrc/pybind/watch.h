@@ -1,11 +1,16 @@
-// Whether a planned step still fits its optimizer. A step costs Python 0.2 us per tensor to look at in C and five times
-// that in bytecode, which on a thousand small tensors is more than the update itself.
+// Whether a planned step still fits its optimizer: the same parameters, state, gradients' layouts and addresses.
+//
+// On a thousand small tensors this look costs as much as the update, and nearly all of it is waiting for memory: each
+// tensor is a Python object, a TensorImpl, a storage and a dictionary, which the last update has pushed out of the near
+// caches. So the walk calls torch's descriptors directly and asks for the objects of later entries ahead of time. The
+// addresses for that come from Tensor._cdata; they are hints only, never read through, and may be stale.
 //
 // Anything unexpected (another object, pointer, dtype or layout, a missing or new gradient, a raised exception) means
 // "no", and Python then plans anew with full checks and messages. A gradient that merely moved is taken over here.
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "engine/plan.h"
@@ -26,39 +31,39 @@ class Watch {
     e.local = local;
     if (!state.is_none()) {
       e.state = state;
-      for (auto item : state.cast<py::dict>()) {
-        e.values.push_back(py::reinterpret_borrow<py::object>(item.first));
-        e.values.push_back(py::reinterpret_borrow<py::object>(item.second));
-      }
+      remember(state.cast<py::dict>(), items_);
     }
+    e.items_end = items_.size();
     if (!streams.empty()) {
+      if (streams.size() > size_t(kMaxStreams)) throw std::invalid_argument("more streams than a row holds");
       e.row = table->row_of.at(size_t(slot));
-      for (const py::object& t : streams) {
-        const py::object plain = local ? t.attr("_local_tensor") : t;
-        e.pointers.push_back(plain.attr("data_ptr")().cast<uint64_t>());
+      e.n_streams = int32_t(streams.size());
+      for (size_t k = 0; k < streams.size(); ++k) {
+        e.pointers[k] = plain(streams[k], local).attr("data_ptr")().cast<uint64_t>();
+        if (k >= 2) e.tensors[k] = streams[k];
+        hint_tensor(plain(streams[k], local));
       }
-      const py::object grad = local ? streams[1].attr("_local_tensor") : streams[1];
+      const py::object grad = plain(streams[1], local);
       e.grad_dtype = grad.attr("dtype");
       e.contiguous = grad.attr("is_contiguous")().cast<bool>();
       if (!e.contiguous) e.grad_stride = grad.attr("stride")();
-      for (size_t k = 2; k < streams.size(); ++k) e.tensors.push_back(streams[k]);
+      hint(e.state.ptr());
+      hint(reinterpret_cast<PyDictObject*>(e.state.ptr())->ma_keys);
+      hint(reinterpret_cast<const char*>(reinterpret_cast<PyDictObject*>(e.state.ptr())->ma_keys) + 64);
     }
-    const py::object plain = local ? e.param.attr("_local_tensor") : e.param;
-    e.numel = plain.attr("numel")().cast<int64_t>();
+    e.hints_end = hints_.size();
+    e.numel = plain(e.param, local).attr("numel")().cast<int64_t>();
     entries_.push_back(std::move(e));
   }
 
   // Call after the last add: the state dictionary as it is now is what holds() expects.
   void seal(const py::dict& state) {
     state_.clear();
-    for (auto item : state) {
-      state_.push_back(py::reinterpret_borrow<py::object>(item.first));
-      state_.push_back(py::reinterpret_borrow<py::object>(item.second));
-    }
+    remember(state, state_);
   }
 
   bool holds(const py::list& groups, const py::dict& state) {
-    const bool same = same_params(groups) && same_items(state.ptr(), state_) && same_tensors();
+    const bool same = same_params(groups) && same_items(state.ptr(), state_, 0, state_.size()) && same_tensors();
     PyErr_Clear();
     return same;
   }
@@ -67,29 +72,51 @@ class Watch {
     for (const Entry& e : entries_) {
       Py_VISIT(e.param.ptr());
       Py_VISIT(e.state.ptr());
-      for (const py::object& o : e.values) Py_VISIT(o.ptr());
       for (const py::object& o : e.tensors) Py_VISIT(o.ptr());
     }
+    for (const py::object& o : items_) Py_VISIT(o.ptr());
     for (const py::object& o : state_) Py_VISIT(o.ptr());
     return 0;
   }
 
   void clear() {
     entries_.clear();
+    items_.clear();
     state_.clear();
   }
 
  private:
   struct Entry {
     py::object param, state, grad_dtype, grad_stride;
-    std::vector<py::object> values;   // keys and values of the state dictionary, in its order
-    std::vector<py::object> tensors;  // its tensors that are streams
-    std::vector<uint64_t> pointers;   // one per stream
+    py::object tensors[kMaxStreams];  // those of the state; parameter and gradient are looked up
+    uint64_t pointers[kMaxStreams] = {};
     Table* table = nullptr;
-    int32_t row = -1;  // -1: no gradient
     int64_t numel = 0;
+    size_t items_end = 0, hints_end = 0;  // in items_ and hints_, where the last entry's end is the beginning
+    int32_t row = -1;                     // -1: no gradient
+    int32_t n_streams = 0;
     bool local = false, contiguous = true;
   };
+  static constexpr size_t kAhead = 4;  // entries
+
+  static py::object plain(const py::object& t, bool local) { return local ? py::object(t.attr("_local_tensor")) : t; }
+
+  static void remember(const py::dict& dict, std::vector<py::object>& items) {
+    for (auto item : dict) {
+      items.push_back(py::reinterpret_borrow<py::object>(item.first));
+      items.push_back(py::reinterpret_borrow<py::object>(item.second));
+    }
+  }
+
+  void hint(const void* at) { hints_.push_back(static_cast<const char*>(at)); }
+
+  void hint_tensor(const py::object& t) {
+    const auto impl = t.attr("_cdata").cast<uintptr_t>(),
+               storage = t.attr("untyped_storage")().attr("_cdata").cast<uintptr_t>();
+    hint(t.ptr());
+    for (int line = 0; line < 3; ++line) hint(reinterpret_cast<const char*>(impl) + 64 * line);
+    hint(reinterpret_cast<const char*>(storage));
+  }
 
   bool same_params(const py::list& groups) const {
     static const py::object key = py::str("params");
@@ -103,18 +130,23 @@ class Watch {
     return i == entries_.size();
   }
 
-  static bool same_items(PyObject* dict, const std::vector<py::object>& expected) {
-    if (size_t(PyDict_Size(dict)) * 2 != expected.size()) return false;
+  static bool same_items(PyObject* dict, const std::vector<py::object>& expected, size_t begin, size_t end) {
+    if (begin + size_t(PyDict_Size(dict)) * 2 != end) return false;
     PyObject *key, *value;
     Py_ssize_t at = 0;
-    for (size_t i = 0; PyDict_Next(dict, &at, &key, &value); i += 2)
+    for (size_t i = begin; PyDict_Next(dict, &at, &key, &value); i += 2)
       if (key != expected[i].ptr() || value != expected[i + 1].ptr()) return false;
     return true;
   }
 
   bool same_tensors() {
-    for (Entry& e : entries_) {
-      if (e.state && !same_items(e.state.ptr(), e.values)) return false;
+    size_t items = 0, hints = 0;
+    for (size_t i = 0; i < entries_.size(); ++i) {
+      for (const size_t end = entries_[std::min(i + kAhead, entries_.size() - 1)].hints_end; hints < end; ++hints)
+        __builtin_prefetch(hints_[hints]);
+      Entry& e = entries_[i];
+      if (e.state && !same_items(e.state.ptr(), items_, items, e.items_end)) return false;
+      items = e.items_end;
       py::object grad = property(e.param.ptr(), names().grad);
       if (!grad) return false;
       if (e.row < 0) {
@@ -127,9 +159,9 @@ class Watch {
       if (!param || !grad || call(param, names().data_ptr) != e.pointers[0] ||
           call(param, names().numel) != uint64_t(e.numel) || !same_kind(e, grad))
         return false;
-      for (size_t k = 0; k < e.tensors.size(); ++k) {
+      for (int32_t k = 2; k < e.n_streams; ++k) {
         const py::object t = e.local ? local_of(e.tensors[k]) : e.tensors[k];
-        if (!t || call(t, names().data_ptr) != e.pointers[k + 2]) return false;
+        if (!t || call(t, names().data_ptr) != e.pointers[k]) return false;
       }
       const uint64_t at = call(grad, names().data_ptr);
       if (at != e.pointers[1]) move_grad(e, at);
@@ -147,7 +179,7 @@ class Watch {
   static void move_grad(Entry& e, uint64_t at) {
     Row& row = e.table->rows[size_t(e.row)];
     row.at[1] = reinterpret_cast<void*>(at);
-    row.aligned = is_aligned(row, int(e.pointers.size()));
+    row.aligned = is_aligned(row, e.n_streams);
     e.pointers[1] = at;
     e.table->dirty = true;
   }
@@ -180,7 +212,9 @@ class Watch {
   }
 
   std::vector<Entry> entries_;
-  std::vector<py::object> state_;
+  std::vector<py::object> items_;   // keys and values of every entry's state, in the dictionaries' order
+  std::vector<py::object> state_;   // and of the optimizer's
+  std::vector<const char*> hints_;  // lines that an entry's check will touch
 };
 
 }  // namespace torsion

@@ -51,8 +51,11 @@ struct AdaTam {
     const double correction = h.bias_correction != 0 ? 1 / std::sqrt(1 - std::pow(h.beta2, site.step)) : 1.;
     const double coupled = h.decoupled != 0 ? 0. : h.weight_decay;
     const double shrink = h.decoupled != 0 ? 1 - h.lr * h.weight_decay : 1.;
-    return {R(h.beta1), R(h.eps_damping + shared.damping), R(site.clip), R(coupled), R(h.beta2), R(1 - h.beta2),
-            R(correction), R(h.eps), R(h.lr), R(shrink)};
+    return {R(h.beta1),    R(h.eps_damping + shared.damping),
+            R(site.clip),  R(coupled),
+            R(h.beta2),    R(1 - h.beta2),
+            R(correction), R(h.eps),
+            R(h.lr),       R(shrink)};
   }
 
   template <class E, class C>

@@ -30,12 +30,17 @@ def obstacle(name: str, device: str) -> str:
     """Return what keeps back end ``name`` from tensors on ``device``, or an empty string."""
     if name == "reference":
         return ""
+
+    def missing(module: str) -> str:
+        # _plan is bound to one Python version, the others are not: either may be missing alone.
+        return _native.missing.get(module) or _native.missing.get("_plan", "")
+
     if name == "cpu":
-        return _native.missing.get("_C", "") if device == "cpu" else f"it runs on CPU tensors, these are on {device}"
+        return missing("_C") if device == "cpu" else f"it runs on CPU tensors, these are on {device}"
     if name == "cuda":
         if device != "cuda":
             return f"it runs on CUDA tensors, these are on {device}"
-        return _native.missing.get("_C_cuda", "")
+        return missing("_C_cuda")
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install torsion[triton]"
     if device == "cuda" or (device == "cpu" and _triton_interpreted()):

@@ -41,24 +41,71 @@ def apply_(rule: Rule, step: Step, sums: Tensor | None, backend: str) -> None:
             _triton(rule).apply_(step, sums)
 
 
+def _written(step: Step) -> list[Tensor]:
+    return [*step.params, *(t for s in step.states for t in s), step.shared, step.steps, step.status]
+
+
+def _dense(t: Tensor) -> bool:
+    places = sorted((stride, size) for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1)
+    spans = [1]
+    for _, size in places:
+        spans.append(spans[-1] * size)
+    return t.numel() == 0 or [stride for stride, _ in places] == spans[:-1]
+
+
+def _refuse_misfits(rule: Rule, step: Step) -> None:
+    """What compiled code and Triton refuse by themselves, for the reference, which would broadcast it.
+
+    Raises:
+        RuntimeError: tensors whose dtype, layout, device or number do not fit.
+    """
+    n, lists = len(step.params), [step.params, step.grads, *step.states]
+
+    def need(good: bool, problem: str) -> None:
+        if not good:
+            raise RuntimeError(f"{rule.name}: {problem}")
+
+    for tensors in lists:
+        need(len(tensors) == n, f"lists differ in length: {n} params, a list of {len(tensors)}")
+    for name, numbers, limit in (
+        ("scopes", step.scopes, step.shared.shape[0]),
+        ("groups", step.groups, step.hyper.shape[0]),
+        ("slots", step.slots, step.steps.numel()),
+    ):
+        need(len(numbers) == n, f"{name} needs one entry per tensor")
+        for i, x in enumerate(numbers):
+            need(0 <= x < limit, f"{name}[{i}] = {x} is out of range")
+    for i, p in enumerate(step.params):
+        need(_dense(p), f"params[{i}] has holes or overlaps in memory; pass a contiguous copy")
+        places = [st if size > 1 else 0 for st, size in zip(p.stride(), p.shape, strict=True)]
+        for k, tensors in enumerate(lists):
+            t, where = tensors[i], f"list {k}, tensor {i}"
+            dtype = p.dtype if k < 2 or p.dtype == torch.float64 else torch.float32
+            need(t.dtype == dtype, f"{where} has the wrong dtype: {t.dtype}, not {dtype}")
+            need(t.device == step.shared.device, f"{where} is on another device")
+            own = [st if size > 1 else 0 for st, size in zip(t.stride(), t.shape, strict=True)]
+            need(t.shape == p.shape and own == places, f"{where} differs from its parameter in sizes or strides")
+
+
 def run_(rule: Rule, step: Step, backend: str | None) -> None:
     """A whole step on the back end asked for, TORSION_BACKEND's, or the best for the device.
 
     Raises:
         ValueError: the back end is unknown or cannot run here.
+        RuntimeError: tensors whose dtype, layout, device or number do not fit.
     """
     device = step.shared.device.type
     chosen = _backends.choose(device, backend)[0]
     if chosen in ("triton", "reference"):
+        if chosen == "reference":
+            _refuse_misfits(rule, step)
         apply_(rule, step, None, chosen)
-        torch.autograd.graph.increment_version([*step.params, *(t for s in step.states for t in s)])
+        torch.autograd.graph.increment_version(_written(step))
         return
     getattr(torch.ops.torsion, rule.op)(
         step.params, step.grads, *step.states, step.shared, step.steps, step.status, step.hyper, step.lrs,
         step.scopes, step.groups, step.slots, step.grad_scale, step.found_inf, step.max_grad_norm,
     )  # fmt: skip
-    if not torch.compiler.is_compiling():  # traced code is functionalized, which does this itself
-        torch.autograd.graph.increment_version([*step.params, *(t for s in step.states for t in s)])
 
 
 def _kernel(rule: Rule, backend: str) -> Callable[..., None]:
@@ -67,7 +114,24 @@ def _kernel(rule: Rule, backend: str) -> Callable[..., None]:
 
     def kernel(params: Sequence[Tensor], grads: Sequence[Tensor], *rest: Any) -> None:
         states, rest = rest[:n_states], rest[n_states:]
-        apply_(rule, Step(params, grads, states, *rest), None, backend)
+        step = Step(params, grads, states, *rest)
+        if backend == "reference":
+            _refuse_misfits(rule, step)
+        apply_(rule, step, None, backend)
+
+    return kernel
+
+
+def _counting(rule: Rule) -> Callable[..., None]:
+    """Raises the version counters of what the list op writes, which is how autograd learns of it; then the op itself."""
+    op, n_states = getattr(torch.ops.torsion, rule.op).default, len(rule.states)
+
+    def kernel(keyset: Any, *args: Any) -> None:
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+        shared = 2 + n_states
+        lists = [args[0], *args[2:shared]]
+        torch.autograd.graph.increment_version([*(t for x in lists for t in x), *args[shared : shared + 3]])
 
     return kernel
 
@@ -84,5 +148,6 @@ for _rule in RULES.values():
         _library.impl(_rule.op, _kernel(_rule, BEHIND_OPS["cpu"]), "CPU")
     if _native.C_cuda is None:
         _library.impl(_rule.op, _kernel(_rule, BEHIND_OPS["cuda"]), "CUDA")
+    _library.impl(_rule.op, _counting(_rule), "ADInplaceOrView", with_keyset=True)
 
 __all__ = ["ADATAM", "BEHIND_OPS", "TAM", "apply_", "reduce", "run_"]

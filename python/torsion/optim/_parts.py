@@ -133,11 +133,12 @@ class Part:
 
     def whole(self, scalars: Scalars) -> None:
         """One step over this part alone."""
+        self._bump_versions()
         if self.table is None:
             _dispatch.apply_(self.rule, self._step(scalars), None, self.backend)
         else:
             self._planned(scalars, 0, None)
-        self._done()
+        self._write_back()
 
     def reduce(self, scalars: Scalars) -> Tensor:
         """First half of a split step: this part's sums, float64 ``[S + 1, 3]``."""
@@ -150,11 +151,12 @@ class Part:
 
     def apply_(self, scalars: Scalars, sums: Tensor) -> None:
         """Second half: continue from the sums over all parts and ranks."""
+        self._bump_versions()
         if self.table is None:
             _dispatch.apply_(self.rule, self._step(scalars), sums, self.backend)
         else:
             self._planned(scalars, 2, sums)
-        self._done()
+        self._write_back()
 
     def _planned(self, s: Scalars, phase: int, sums: Tensor | None) -> None:
         flat = self.flat
@@ -166,11 +168,14 @@ class Part:
     def _step(self, s: Scalars) -> Step:
         return step_of(self.rule, self.members, self.flat, s)
 
-    def _done(self) -> None:
+    def _bump_versions(self) -> None:
+        # The kernels write behind autograd's back. Before the update, because after it a thousand version counters
+        # have left the cache.
+        torch.autograd.graph.increment_version(self.written)
+
+    def _write_back(self) -> None:
         for m in self.copies:
             m.write_back.copy_(m.param)  # type: ignore[union-attr]
-        # The kernels write behind autograd's back.
-        torch.autograd.graph.increment_version(self.written)
 
 
 def step_of(rule: Rule, members: Sequence[Member], flat: Flat, s: Scalars) -> Step:

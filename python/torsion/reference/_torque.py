@@ -85,7 +85,8 @@ def advance(scalars: Scalars, sums: Tensor) -> tuple[Tensor, Tensor]:
 
     old = step.shared.double()
     new = list(old.unbind(0))
-    for scope, i in {s: i for i, s in enumerate(step.scopes)}.items():
+    for scope in dict.fromkeys(step.scopes):
+        i = list(step.scopes).index(scope)  # the first tensor's group speaks for its scope
         decay = scalars.hyper[step.groups[i]]["decay"]
         norms = gg[scope].sqrt() * mm[scope].sqrt()
         cosine = torch.where(norms == 0, torch.zeros_like(norms), mg[scope] / norms).clamp(-1.0, 1.0)
@@ -98,7 +99,7 @@ def advance(scalars: Scalars, sums: Tensor) -> tuple[Tensor, Tensor]:
 def count(step: Step, skip: Tensor) -> None:
     """Add the step to the counters of its tensors, unless it is skipped."""
     if step.slots:
-        slots = torch.tensor(list(step.slots), device=step.steps.device)
+        slots = torch.tensor(list(step.slots)).to(step.steps.device, non_blocking=True)
         step.steps.index_add_(0, slots, (~skip).to(step.steps.dtype).expand(len(step.slots)))
 
 
@@ -106,7 +107,7 @@ def write(scalars: Scalars, i: int, old: Tensor, new: Tensor, skip: Tensor) -> N
     """Store a new parameter or state value, rounded to the dtype of ``old``; keep ``old`` bit for bit when skipping."""
     step = scalars.step
     hyper = step.hyper[step.groups[i]]
-    if old is step.params[i] and old.dtype != new.dtype and bool(hyper[4] != 0):
+    if old is step.params[i] and old.dtype != new.dtype and hyper[4].item() != 0:
         slot = step.slots[i]
         key = step.keys[i] if step.keys else 0
         # Random numbers go by place in memory, as the kernels see it.

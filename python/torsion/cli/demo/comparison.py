@@ -37,22 +37,23 @@ def summarize(values: Sequence[float]) -> Summary:
     """Summary of one value per seed; a diverged run (nan) makes the mean nan, which is what happened."""
     if not values:
         return Summary(math.nan, math.nan, 0)
-    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
+    several = len(values) > 1 and all(map(math.isfinite, values))  # stdev raises on anything else
+    deviation = statistics.stdev(values) if several else math.nan
     return Summary(statistics.fmean(values), deviation, len(values))
 
 
 def compare(baseline: Sequence[Run], other: Sequence[Run], metric: Metric) -> str:
     """One sentence on how `other` did against `baseline`, over the seeds that both finished."""
     names = f"{other[0].plan.arm.name} - {baseline[0].plan.arm.name}"
-    at_start = {run.plan.seed: run.final(metric.key) for run in baseline if run.finished}
+    of_seed = {run.plan.seed: run.final(metric.key) for run in baseline if run.finished}
     pairs = [
-        run.final(metric.key) - at_start[run.plan.seed] for run in other if run.finished and run.plan.seed in at_start
+        run.final(metric.key) - of_seed[run.plan.seed] for run in other if run.finished and run.plan.seed in of_seed
     ]
     if not pairs:
         return f"{names}: no seed was finished by both."
     mean = statistics.fmean(pairs)
     said = f"{names}: {metric.label} {mean:+.{metric.digits}f} {metric.unit}"
-    if math.isnan(mean):
+    if not math.isfinite(mean):
         return f"{said}, because a run diverged."
     if len(pairs) == 1:
         return f"{said}, one seed. {_one_seed(baseline[0], other[0], metric)}"

@@ -60,7 +60,7 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
 
 def backend_of(arm: Arm, device: torch.device) -> str:
-    """The back end that the arm's op uses on this device, or torch's own."""
+    """The back end that the arm's op uses on this device, or "torch" for torch's own optimizers."""
     # Not torsion.backends(), which speaks of the GPU wherever there is one, also when this run is on the CPU.
     try:
         return "torch" if arm.op is None else choose(device.type)[0]
@@ -78,5 +78,5 @@ def describe(device: torch.device, arms: Sequence[Arm]) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "device": f"{device.type} ({name})",
         "threads": torch.get_num_threads(),
-        "back ends": {arm.name: backend_of(arm, device) for arm in arms},
+        "back ends": {arm.name: backend_of(arm, device) for arm in arms if arm.op is not None},
     }

@@ -71,14 +71,14 @@ def _title(figure: Figure, outcome: Outcome, colours: dict[str, str]) -> None:
     seeds = len(settings["seeds"])
     averaged = " (thin lines; thick: their mean)" if seeds > 1 else ""
     parameters = f"{outcome.runs[0].parameters:,} parameters, " if outcome.runs else ""
-    backends = ", ".join(f"{name}: {used}" for name, used in environment["back ends"].items())
+    backends = ", ".join(f"{name} on back end {used}" for name, used in environment["back ends"].items())
     figure.text(
         0.055, 0.912,
         f"{parameters}{settings['steps']:,} steps, batch {outcome.facts['batch']}, "
         f"{count(seeds, 'seed')}{averaged}, same data order and initialization, "
         f"warm-up and cosine decay, each optimizer at its own best rate\n"
         f"{environment['device']}, {count(environment['threads'], 'thread')}, torch {environment['torch']}, "
-        f"torsion {environment['torsion']}, back end {backends}",
+        f"torsion {environment['torsion']}, {backends}",
         fontsize=9.5, color="#555555", va="top", linespacing=1.5,
     )  # fmt: skip
 

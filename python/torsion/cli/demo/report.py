@@ -59,8 +59,8 @@ class Outcome:
 
 def print_report(outcome: Outcome, files: Sequence[Path]) -> None:
     """Print the table, one sentence per comparison, and where the files are."""
-    # A pipe has no width of its own; 110 columns hold the table without wrapping.
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 110, highlight=False)
+    # A pipe has no width of its own; this one holds every table without wrapping.
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False)
     console.print(_table(outcome))
     baseline, *others = [outcome.of(arm) for arm in outcome.arms]
     for other in others:
@@ -79,9 +79,10 @@ def print_report(outcome: Outcome, files: Sequence[Path]) -> None:
 
 def _table(outcome: Outcome) -> Table:
     environment, settings = outcome.environment, outcome.settings
+    backends = ", ".join(f"{name} on back end {used}" for name, used in environment["back ends"].items())
     table = Table(
         title=f"{outcome.task.name}: {outcome.task.summary}\n{settings['steps']} steps, {_seeds(settings['seeds'])}, "
-        f"{environment['device']}, {count(environment['threads'], 'thread')}, torch {environment['torch']}",
+        f"{environment['device']}, {count(environment['threads'], 'thread')}, torch {environment['torch']}, {backends}",
         box=box.SIMPLE_HEAD,
         caption="mean ± standard deviation over seeds; milliseconds are medians; training loss and damping are means\n"
         f"over the last {outcome.window} steps; opt. step is the optimizer alone, train step includes it",
@@ -90,7 +91,6 @@ def _table(outcome: Outcome) -> Table:
     metrics = [f"{metric.label.replace(' ', chr(10), 1)}, {metric.unit}" for metric in outcome.task.metrics]
     for heading in ("best\nrate", *metrics, "training\nloss", "ms/opt.\nstep", "ms/train\nstep", "damping"):
         table.add_column(heading, justify="right")
-    table.add_column("back end")
     for arm in outcome.arms:
         table.add_row(*_row(arm, outcome))
     return table
@@ -106,7 +106,7 @@ def _row(arm: Arm, outcome: Outcome) -> list[str]:
         cells.append(f"{summarize([run.median_ms(which) for run in runs]).mean:.2f}" if runs else "-")
     damping = [_tail(run.observed["damping"], outcome.window) for run in runs if "damping" in run.observed]
     cells.append(f"{summarize(damping).mean:.2f}" if damping else "-")
-    return [*cells, outcome.environment["back ends"][arm.name]]
+    return cells
 
 
 def _tail(values: Sequence[float], window: int) -> float:

@@ -1,0 +1,218 @@
+"""Who is timed: how each builds its step, what it must agree with, and the bytes it cannot do without."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import torsion
+from torsion.cli.bench.plain import compiled_tam, eager_tam
+from torsion.ops import Step as OpStep
+from torsion.ops._rules import ADATAM, TAM, Rule
+from torsion.reference.adatam import adatam_
+from torsion.reference.tam import tam_
+
+__all__ = ["CONTESTANTS", "COPY", "MAX_NORM", "Builder", "Contestant", "copy_of"]
+
+MAX_NORM = 1.0
+"""Far below the norm of the gradients here, so that clipping really clips."""
+
+_MOMENTUM, _DECAY, _EPS_DAMPING, _BETAS, _EPS, _WEIGHT_DECAY = 0.9, 0.9, 1e-8, (0.9, 0.999), 1e-8, 1e-2
+
+Builder = Callable[[list[Tensor], float], Callable[[], object]]
+"""(parameters with gradients, learning rate) -> a step."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way of taking a step.
+
+    Attributes:
+        name: as tables show it.
+        build: makes the step.
+        judge: makes the same step on float64 parameters by other means; None where no such agreement exists.
+        bytes_per_element: float32 bytes that the method must move, reading memory anew in each pass.
+        new_gradients: the gradients lie in other tensors at every step, as after ``zero_grad(set_to_none=True)``.
+        module: an optional package it needs.
+        skipped: list -> why it is not run there.
+        seconds: time after which no further round begins, for the slow ones.
+        note: what must be known to read its figures.
+    """
+
+    name: str
+    build: Builder
+    judge: Builder | None
+    bytes_per_element: int | None = None
+    new_gradients: bool = False
+    module: str | None = None
+    skipped: dict[str, str] = field(default_factory=dict)
+    seconds: float = float("inf")
+    note: str = ""
+
+    def obstacle(self, tensors: str, device: str) -> str:
+        """Why it cannot or should not run on a list, or an empty string."""
+        if self.new_gradients and device == "cuda":
+            return "the graphs that are timed on a GPU hold the gradients' places"
+        if self.module is not None and importlib.util.find_spec(self.module) is None:
+            return f"{self.module} is not installed"
+        return self.skipped.get(tensors, "")
+
+
+def _judge(
+    rule: Rule, run: Callable[[OpStep], None], scope: str, clip: float | None, own: tuple[float, ...]
+) -> Builder:
+    """The executable specification itself, without the optimizer around it."""
+
+    def build(params: list[Tensor], lr: float) -> Callable[[], object]:
+        n = len(params)
+        common = (lr, _WEIGHT_DECAY if rule is ADATAM else 0.0, float(rule is ADATAM), 0.0, 0.0, 0.0)
+        double: dict[str, Any] = dict(dtype=torch.float64, device=params[0].device)
+        step = OpStep(
+            params=[p.detach() for p in params],
+            grads=[],
+            states=[[torch.zeros_like(p) for p in params] for _ in rule.states],
+            shared=torch.zeros(n if scope == "tensor" else 1, 3, **double),
+            steps=torch.zeros(n, device=params[0].device),
+            status=torch.zeros(4, dtype=torch.int64, device=params[0].device),
+            hyper=torch.tensor([(*common, *own)], dtype=torch.float64),
+            lrs=[],
+            scopes=list(range(n)) if scope == "tensor" else [0] * n,
+            groups=[0] * n,
+            slots=list(range(n)),
+            max_grad_norm=clip,
+        )
+
+        @torch.no_grad()
+        def advance() -> None:
+            step.grads = [p.grad for p in params if p.grad is not None]
+            run(step)
+
+        return advance
+
+    return build
+
+
+def _judge_tam(scope: str = "global", clip: float | None = None) -> Builder:
+    return _judge(TAM, tam_, scope, clip, (_MOMENTUM, _DECAY, _EPS_DAMPING, 0.0))
+
+
+_JUDGE_TAM, _JUDGE_CLIPPED_TAM = _judge_tam(), _judge_tam(clip=MAX_NORM)
+_JUDGE_ADATAMW = _judge(ADATAM, adatam_, "global", None, (*_BETAS, _EPS, _DECAY, _EPS_DAMPING, 0.0))
+
+
+def _tam(**options: Any) -> Builder:
+    return lambda params, lr: torsion.TAM(params, lr, _MOMENTUM, **options).step
+
+
+def _adatamw(params: list[Tensor], lr: float) -> Callable[[], object]:
+    return torsion.AdaTAMW(params, lr, _BETAS, _EPS, _WEIGHT_DECAY).step
+
+
+def _sgd(**options: bool) -> Builder:
+    return lambda params, lr: torch.optim.SGD(params, lr, _MOMENTUM, **options).step
+
+
+def _adamw(**options: bool) -> Builder:
+    def build(params: list[Tensor], lr: float) -> Callable[[], object]:
+        on_gpu = params[0].device.type == "cuda"  # there it is captured in a graph
+        return torch.optim.AdamW(params, lr, _BETAS, _EPS, _WEIGHT_DECAY, capturable=on_gpu, **options).step
+
+    return build
+
+
+def _clipped(inner: Builder) -> Builder:
+    def build(params: list[Tensor], lr: float) -> Callable[[], object]:
+        step = inner(params, lr)
+
+        def clip_and_step() -> None:
+            torch.nn.utils.clip_grad_norm_(params, MAX_NORM)
+            step()
+
+        return clip_and_step
+
+    return build
+
+
+# torch's own kernels stand in for the loss scaler: the same launches, without the host's part of GradScaler. The scale
+# is 1, because unscaling works in place and the same gradients are unscaled again in every replay of a graph.
+def _unscaled_sgd(params: list[Tensor], lr: float) -> Callable[[], object]:
+    optimizer = torch.optim.SGD(params, lr, _MOMENTUM, fused=True)
+    found, scale = torch.zeros(1, device=params[0].device), torch.ones(1, device=params[0].device)
+    optimizer.found_inf = found.reshape(())  # type: ignore[attr-defined]
+
+    def step() -> None:
+        grads = [p.grad for p in params if p.grad is not None]
+        found.zero_()
+        torch._amp_foreach_non_finite_check_and_unscale_(grads, found, scale)
+        torch.nn.utils.clip_grad_norm_(params, MAX_NORM)
+        optimizer.step()
+
+    return step
+
+
+def _scaled_tam(params: list[Tensor], lr: float) -> Callable[[], object]:
+    optimizer = torsion.TAM(params, lr, _MOMENTUM, max_grad_norm=MAX_NORM)
+    optimizer.grad_scale = torch.ones((), device=params[0].device)  # type: ignore[attr-defined]
+    optimizer.found_inf = torch.zeros((), device=params[0].device)  # type: ignore[attr-defined]
+    return optimizer.step
+
+
+def _published(params: list[Tensor], lr: float) -> Callable[[], object]:
+    module = importlib.import_module("pytorch_optimizer")
+    step: Callable[[], object] = module.TAM(params, lr, _MOMENTUM).step
+    return step
+
+
+_LONG_COMPILE = {
+    "gpt2": "compiling 148 tensors takes five minutes",
+    "tiny": "compiling 1000 tensors takes longer still",
+}
+_JUDGE_SGD, _JUDGE_ADAMW = _sgd(foreach=False), _adamw(foreach=False)
+_JUDGE_CLIPPED_SGD = _clipped(_JUDGE_SGD)
+
+COPY = "copy"
+"""The yardstick in every round: one tensor as large as the list, copied."""
+
+
+def copy_of(numel: int, device: torch.device) -> Callable[[], object]:
+    """A step that reads and writes ``numel`` float32 elements and does nothing else."""
+    source = torch.ones(numel, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+CONTESTANTS = {
+    made.name: made
+    for made in (
+        Contestant("SGD fused", _sgd(fused=True), _JUDGE_SGD, 20),
+        Contestant("SGD foreach", _sgd(foreach=True), _JUDGE_SGD),
+        Contestant("TAM", _tam(), _JUDGE_TAM, 28),
+        Contestant("TAM, scope tensor", _tam(scope="tensor"), _judge_tam("tensor"), 20),
+        Contestant("TAM, new gradients", _tam(), _JUDGE_TAM, 28, new_gradients=True),
+        Contestant("clip + SGD fused", _clipped(_sgd(fused=True)), _JUDGE_CLIPPED_SGD, 32),
+        Contestant("clip + SGD foreach", _clipped(_sgd(foreach=True)), _JUDGE_CLIPPED_SGD),
+        Contestant("TAM, max_grad_norm", _tam(max_grad_norm=MAX_NORM), _JUDGE_CLIPPED_TAM, 28),
+        Contestant("eager foreach TAM", eager_tam, _JUDGE_TAM),
+        Contestant("compiled TAM", compiled_tam, _JUDGE_TAM, skipped=_LONG_COMPILE),
+        Contestant(
+            "pytorch_optimizer TAM",
+            _published,
+            None,
+            module="pytorch_optimizer",
+            seconds=240,
+            note="not checked: its update is an element-wise product, not the cosine of the method",
+        ),
+        Contestant("unscale + clip + SGD fused", _unscaled_sgd, _JUDGE_CLIPPED_SGD, 40),
+        Contestant("TAM, max_grad_norm, scaled", _scaled_tam, _JUDGE_CLIPPED_TAM, 28),
+        Contestant("AdamW fused", _adamw(fused=True), _JUDGE_ADAMW, 28),
+        Contestant("AdamW foreach", _adamw(foreach=True), _JUDGE_ADAMW),
+        Contestant("AdaTAMW", _adatamw, _JUDGE_ADATAMW, 36),
+    )
+}
+"""Name -> contestant."""

@@ -1,0 +1,110 @@
+"""Runs the comparisons on a list and turns rounds into figures."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+
+from torsion.cli.bench import cuda
+from torsion.cli.bench.comparisons import COMPARISONS, COPY_SHARE, Comparison
+from torsion.cli.bench.contestants import CONTESTANTS, COPY, Contestant, copy_of
+from torsion.cli.bench.figures import Figure, Place
+from torsion.cli.bench.gate import check
+from torsion.cli.bench.lists import TensorList
+from torsion.cli.bench.problem import Gradients, attach, initial
+from torsion.cli.bench.timing import Rounds, Sampler, clock_of, interleave, stopwatch
+
+__all__ = ["LR", "prepare", "run_list"]
+
+LR = 1e-7
+"""So small that parameters stay where they are over any number of rounds."""
+
+Progress = Callable[[str], AbstractContextManager[None]]
+
+
+def prepare(contestant: Contestant, tensors: TensorList, gradients: Gradients, place: Place) -> Sampler:
+    """Build a contestant on CPU tensors of its own and return its sampler, warm."""
+    params = initial(tensors, place.device)
+    attach(params, gradients.live)
+    step = contestant.build(params, LR)
+    turns = 0
+
+    def move_gradients() -> None:
+        nonlocal turns
+        turns += 1
+        attach(params, gradients.spare if turns % 2 else gradients.live)
+
+    return stopwatch(step, clock_of(place.threads)[1], move_gradients if contestant.new_gradients else None)
+
+
+def run_list(tensors: TensorList, methods: Sequence[str], place: Place, progress: Progress) -> Iterator[Figure]:
+    """Every comparison asked for, on one list.
+
+    Raises:
+        GateError: a contestant computes something else than it should.
+    """
+    for comparison in COMPARISONS:
+        if comparison.method in methods and comparison.device in ("", place.device.type):
+            yield from _compare(comparison, tensors, place, progress)
+            gc.collect()
+
+
+def _compare(comparison: Comparison, tensors: TensorList, place: Place, progress: Progress) -> Iterator[Figure]:
+    able = []
+    for name in comparison.contestants:
+        obstacle = CONTESTANTS[name].obstacle(tensors.name, place.device.type)
+        if obstacle:
+            limit = comparison.limit(name, tensors.name, place.threads, place.device.type)
+            yield Figure.at(
+                place, name, tensors.name, "x", limit, against=comparison.baselines[0], note=f"not run: {obstacle}"
+            )
+        else:
+            able.append(name)
+    if not able:
+        return
+    members = [CONTESTANTS[name] for name in (*comparison.baselines, *able)]
+    title = f"{tensors.name}: {', '.join(member.name for member in members)}"
+    gradients = Gradients(tensors, place.device)
+    with progress(f"checking {title}"):
+        check(members, tensors, gradients, place.device)
+    with progress(f"timing {title}"):
+        if place.device.type == "cuda":
+            rounds = cuda.measure(members, comparison.baselines, tensors, place, LR)
+        else:
+            samplers = {member.name: prepare(member, tensors, gradients, place) for member in members}
+            samplers[COPY] = stopwatch(copy_of(tensors.numel, place.device), clock_of(place.threads)[1])
+            budget = min(member.seconds for member in members)
+            rounds = interleave(samplers, comparison.baselines, place.rounds, gradients.refresh, budget)
+    for name in (rounds.baseline, *able):
+        figure = _ratio(rounds, name, comparison, tensors, place)
+        yield figure
+        if place.device.type == "cuda" and name in COPY_SHARE:
+            share, limit = figure.copy_percent, COPY_SHARE[name]
+            yield Figure.at(place, f"{name}: bandwidth against copy", tensors.name, "%", limit, value=share)
+
+
+def _ratio(rounds: Rounds, name: str, comparison: Comparison, tensors: TensorList, place: Place) -> Figure:
+    ratio, took = rounds.ratio(name), rounds.of(name).p50
+    per_element = CONTESTANTS[name].bytes_per_element
+    rate = None if per_element is None else per_element * tensors.numel / took
+    copy_rate = 8 * tensors.numel / rounds.of(COPY).p50
+    return Figure.at(
+        place,
+        name,
+        tensors.name,
+        "x",
+        comparison.limit(name, tensors.name, place.threads, place.device.type),
+        value=ratio.p50,
+        against=rounds.baseline,
+        clock="CUDA events" if place.device.type == "cuda" else clock_of(place.threads)[0],
+        p20=ratio.p20,
+        p80=ratio.p80,
+        seconds=took,
+        baseline_seconds=rounds.of(rounds.baseline).p50,
+        gigabytes_per_second=None if rate is None else rate / 1e9,
+        copy_percent=None if rate is None else 100 * rate / copy_rate,
+        rounds=rounds.kept,
+        dropped=rounds.dropped,
+        note=CONTESTANTS[name].note,
+    )

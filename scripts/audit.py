@@ -1,0 +1,320 @@
+"""What a GPU would be asked to run, checked without one (`make audit`).
+
+    python scripts/audit.py [cuda] [triton] [shim] [--record]
+
+cuda    nvcc compiles csrc/**/*.cu with the flags of setup.py for sm_80, sm_90 and sm_100
+triton  the kernels of triton_kernels/ (their audit_cases()) are compiled ahead of time for sm_90
+shim    tests/test_cuda_engine.py runs the CUDA engine on the CPU under AddressSanitizer and UBSan
+
+For each kernel the table shows registers and 128-bit loads and stores; audit_limits.json holds the most registers and
+the fewest accesses, spills and stack must be 0. --record loosens the limits to what was found (delete the file first
+to tighten them too): read its diff.
+MAX_JOBS (default 2) compilers run at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import functools
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMITS = ROOT / "scripts/audit_limits.json"
+ARCHS = (80, 90, 100)
+TRITON_ARCH = 90
+SANITIZERS = "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all"
+SHORT = {
+    "Types<float, float, float, float>": "F32",
+    "Types<double, double, double, double>": "F64",
+    "Types<bf16, bf16, float, float>": "BF16",
+    "Types<f16, f16, float, float>": "F16",
+}
+
+
+@dataclass
+class Found:
+    """Resources of one kernel on one architecture; ``loads`` and ``stores`` are those of 128 bits."""
+
+    part: str
+    name: str
+    arch: int
+    registers: int
+    loads: int
+    stores: int
+    stack: int
+    spills: int
+
+
+class AuditError(Exception):
+    """A part could not be carried out; the message is for the user."""
+
+
+@functools.cache
+def tool(name: str) -> str:
+    """Path of a CUDA disassembler: from PATH, else the copy that Triton brings."""
+    found = shutil.which(name)
+    if found is None:
+        try:
+            import triton
+
+            copy = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+            found = str(copy) if copy.exists() else None
+        except ImportError:
+            pass
+    if found is None:
+        raise AuditError(f"{name} is neither on PATH nor in triton; pip install triton")
+    return found
+
+
+def text_of(*command: str, **options: object) -> str:
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload]
+    if ran.returncode:
+        raise AuditError(f"{' '.join(command[:3])} ...: exit {ran.returncode}\n{(ran.stdout + ran.stderr)[-4000:]}")
+    return str(ran.stdout)
+
+
+def readable(mangled: str) -> str:
+    name = text_of("c++filt", mangled).strip() if shutil.which("c++filt") else mangled
+    name = re.sub(r"\(.*", "", name).replace("torsion::", "").replace("cuda::", "").removeprefix("void ")
+    for long, short in SHORT.items():
+        name = name.replace(long, short)
+    return name
+
+
+def examine(cubin: Path, part: str, arch: int, name: str | None = None) -> list[Found]:
+    """Read the resources of every kernel in a cubin; ``name`` overrides the mangled one."""
+    usage = text_of(tool("cuobjdump"), "--dump-resource-usage", str(cubin))
+    code = text_of(tool("nvdisasm"), str(cubin))
+    found = []
+    for symbol, line in re.findall(r"Function (\S+):\n\s+(.*)", usage):
+        body = re.search(rf"\.text\.{re.escape(symbol)}:(.*?)(?=\n\t\.section|\n//-+ \.|\Z)", code, re.DOTALL)
+        if body is None:
+            raise AuditError(f"no code for {symbol} in the disassembly: the audit no longer understands nvdisasm")
+        used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", line)}
+        count = functools.partial(lambda pattern, text: len(re.findall(pattern, text)), text=body[1])
+        found.append(
+            Found(
+                part=part,
+                name=name or readable(symbol),
+                arch=arch,
+                registers=used["REG"],
+                loads=count(r"\bLDG\.[\w.]*\b128\b"),
+                stores=count(r"\bSTG\.[\w.]*\b128\b"),
+                stack=used["STACK"] + used["LOCAL"],
+                spills=count(r"\b(?:LDL|STL)\b"),
+            )
+        )
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- CUDA
+
+
+def flags_of_setup() -> list[str]:
+    """NVCC as setup.py has it: the audit compiles what the build compiles."""
+    names: dict[str, object] = {}
+    for node in ast.parse((ROOT / "setup.py").read_text()).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in ("ABI", "NVCC"):
+            exec(compile(ast.Module([node], []), "setup.py", "exec"), names)
+    return list(names["NVCC"])  # type: ignore[call-overload]
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    inside = Path(home, "bin/nvcc") if home else Path()
+    return str(inside) if inside.is_file() else shutil.which("nvcc")
+
+
+def compile_cuda(nvcc: str, source: Path, arch: int) -> list[Found]:
+    from torch.utils import cpp_extension
+
+    flags = [*cpp_extension.COMMON_NVCC_FLAGS, *flags_of_setup(), "-Xcompiler=-fPIC", f"-arch=sm_{arch}"]
+    include = [f"-I{path}" for path in (ROOT / "csrc", *cpp_extension.include_paths())]
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernels.cubin")
+        text_of(nvcc, *flags, *include, "-cubin", "-o", str(cubin), str(source))
+        return examine(cubin, "cuda", arch)
+
+
+def cuda_jobs(pool: ThreadPoolExecutor) -> list[Future[list[Found]]]:
+    nvcc = find_nvcc()
+    if nvcc is None:
+        print("audit: no nvcc, CUDA kernels not checked; install the CUDA toolkit >= 12.8, or set CUDA_HOME to it")
+        return []
+    known = text_of(nvcc, "--list-gpu-arch")
+    archs = [arch for arch in ARCHS if f"compute_{arch}\n" in known + "\n"]
+    if len(archs) < len(ARCHS):
+        print(f"audit: this nvcc knows only {archs} of {ARCHS}; the CUDA toolkit >= 12.8 knows all")
+    sources = sorted((ROOT / "csrc").rglob("*.cu"))
+    return [pool.submit(compile_cuda, nvcc, source, arch) for source in sources for arch in archs]
+
+
+# ----------------------------------------------------------------------------------------------------------- Triton
+
+
+def compile_triton() -> Iterator[Found]:
+    """Compile every case of every module; in a process of its own, without the interpreter."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    sys.path[:0] = [str(ROOT), str(ROOT / "python")]
+    for module in sorted(path.stem for path in (ROOT / "triton_kernels").glob("*.py")):
+        cases = getattr(importlib.import_module(f"triton_kernels.{module}"), "audit_cases", None)
+        if cases is None or inspect.signature(cases).parameters:  # engine.py's takes the rule
+            continue
+        for case in cases():
+            kernel, constexprs = case["kernel"], case["constexprs"]
+            signature = {a: "constexpr" if a in constexprs else case["signature"][a] for a in kernel.arg_names}
+            aligned = {(kernel.arg_names.index(a),): [["tt.divisibility", 16]] for a in case["aligned"]}
+            built = triton.compile(
+                ASTSource(kernel, signature, constexprs=constexprs, attrs=aligned),
+                target=GPUTarget("cuda", TRITON_ARCH, 32),
+                options={"num_warps": case["num_warps"], "enable_fp_fusion": case["enable_fp_fusion"]},
+            )
+            with tempfile.TemporaryDirectory() as folder:
+                cubin = Path(folder, "kernel.cubin")
+                cubin.write_bytes(built.asm["cubin"])
+                yield from examine(cubin, "triton", TRITON_ARCH, case["name"])
+
+
+def triton_job() -> list[Found]:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    printed = text_of(sys.executable, __file__, "--triton-worker", env=environment)
+    return [Found(**row) for row in json.loads(printed.splitlines()[-1])]
+
+
+# ----------------------------------------------------------------------------------------------------------- shim
+
+
+def shim_job() -> list[Found]:
+    environment = {**os.environ, "TORSION_SHIM_FLAGS": SANITIZERS}
+    options = ["-q", "--noconftest", "-p", "no:cacheprovider"]
+    printed = text_of(
+        sys.executable, "-m", "pytest", *options, "tests/test_cuda_engine.py", env=environment, cwd=str(ROOT)
+    )
+    print(f"shim under AddressSanitizer and UBSan: {printed.strip().splitlines()[-1].strip('= ')}")
+    return []
+
+
+# ---------------------------------------------------------------------------------------------------------- verdict
+
+
+def by_kernel(found: list[Found]) -> dict[str, dict[str, list[Found]]]:
+    """The rows of each kernel of each part."""
+    table: dict[str, dict[str, list[Found]]] = {}
+    for row in sorted(found, key=lambda row: (row.part, row.name, row.arch)):
+        rows = table.setdefault(row.part, {}).setdefault(row.name, [])
+        if row.arch not in [other.arch for other in rows]:  # a kernel of no rule is in every object file
+            rows.append(row)
+    return table
+
+
+def violations(table: dict[str, dict[str, list[Found]]], limits: dict[str, dict[str, list[int]]]) -> Iterator[str]:
+    for part, kernels in table.items():
+        for name, rows in kernels.items():
+            registers, loads, stores = limits.get(part, {}).get(name, (0, 0, 0))
+            if registers == 0:
+                yield f"{name}: no limit in {LIMITS.name}; add one with --record"
+                continue
+            for row in rows:
+                where = f"{name} sm_{row.arch}"
+                if row.registers > registers:
+                    yield f"{where}: {row.registers} registers, at most {registers}"
+                if row.loads < loads or row.stores < stores:
+                    yield f"{where}: 128-bit loads/stores {row.loads}/{row.stores}, at least {loads}/{stores}"
+                if row.stack or row.spills:
+                    yield f"{where}: {row.stack} bytes of stack, {row.spills} spill instructions, must be 0"
+        for name in limits.get(part, {}).keys() - kernels.keys():
+            yield f"{name}: in {LIMITS.name} but not compiled; remove it or find out why"
+
+
+def record(table: dict[str, dict[str, list[Found]]], limits: dict[str, dict[str, list[int]]]) -> None:
+    """Loosen the limits to what was found, registers rounded up to the eights in which a GPU hands them out."""
+    for part, kernels in table.items():
+        old = limits.get(part, {})
+        limits[part] = {}
+        for name, rows in kernels.items():
+            registers, loads, stores = old.get(name, (0, sys.maxsize, sys.maxsize))
+            limits[part][name] = [
+                max(registers, -(-max(row.registers for row in rows) // 8) * 8),
+                min(loads, *(row.loads for row in rows)),
+                min(stores, *(row.stores for row in rows)),
+            ]
+    lines = [
+        f"  {json.dumps(part)}: {{\n"
+        + ",\n".join(f"    {json.dumps(name)}: {json.dumps(limit)}" for name, limit in limits[part].items())
+        + "\n  }"
+        for part in sorted(limits)
+    ]
+    LIMITS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def print_table(table: dict[str, dict[str, list[Found]]]) -> None:
+    for part, kernels in table.items():
+        archs = sorted({row.arch for rows in kernels.values() for row in rows})
+        width = max(map(len, kernels))
+        print(f"\n{part + ' kernel':{width}}  registers sm_{'/'.join(map(str, archs)):14} 128-bit loads / stores")
+        for name, rows in kernels.items():
+            each = [{getattr(row, key) for row in rows} for key in ("loads", "stores")]
+            accesses = " / ".join("-".join(map(str, sorted(values))) for values in each)
+            print(f"{name:{width}}  {'/'.join(str(row.registers) for row in rows):27} {accesses}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="cuda|triton|shim", help="default: all")
+    parser.add_argument("--record", action="store_true", help=f"loosen {LIMITS.name} to what is found")
+    parser.add_argument("--triton-worker", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.triton_worker:
+        print(json.dumps([vars(row) for row in compile_triton()]))
+        return 0
+    unknown = set(options.parts) - {"cuda", "triton", "shim"}
+    if unknown:
+        parser.error(f"no part {sorted(unknown)[0]!r}; choose from cuda, triton, shim")
+    parts = options.parts or ["cuda", "triton", "shim"]
+
+    found: list[Found] = []
+    problems: list[str] = []
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or 2)) as pool:
+        jobs = [pool.submit(shim_job)] if "shim" in parts else []
+        if "triton" in parts and importlib.util.find_spec("triton") is None:
+            print("audit: no triton, its kernels not checked; pip install triton")
+        elif "triton" in parts:
+            jobs.append(pool.submit(triton_job))
+        if "cuda" in parts:
+            jobs += cuda_jobs(pool)
+        for job in jobs:
+            try:
+                found += job.result()
+            except AuditError as error:
+                problems.append(str(error))
+    table = by_kernel(found)
+    print_table(table)
+    limits = json.loads(LIMITS.read_text()) if LIMITS.exists() else {}
+    if options.record and not problems:
+        record(table, limits)
+    problems += violations(table, limits)
+    for problem in problems:
+        print(f"audit: {problem}", file=sys.stderr)
+    print(f"\naudit: {len(problems)} problem(s)" if problems else "\naudit: within limits, no stack, no spills")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
