@@ -173,6 +173,7 @@ def native(mode: str) -> dict:
 
     cxx = [*COMMON, *opt]
     include = [str(ROOT / "csrc")]
+    torch_include = Path(torch.__file__).parent / "include"
     headers = sources("csrc/**/*.h", "csrc/**/*.cuh")
     stable = dict(include_dirs=include, depends=headers, py_limited_api=True, extra_link_args=link)
     extensions = [
@@ -182,11 +183,11 @@ def native(mode: str) -> dict:
             extra_compile_args={"cxx": [*cxx, *openmp, *ABI]},
             **stable,
         ),
-        # Not a CppExtension: this module holds no tensor and links nothing of torch.
+        # Not a CppExtension: this module links nothing of torch; of its headers it takes DLPack's, which is plain C.
         Extension(
             "torsion._plan",
             sources("csrc/pybind/*.cpp"),
-            include_dirs=[pybind11_include(Path(torch.__file__).parent / "include"), *include],
+            include_dirs=[pybind11_include(torch_include), str(torch_include), *include],
             depends=headers,
             language="c++",
             extra_compile_args={"cxx": cxx},

@@ -139,15 +139,25 @@ def find_nvcc() -> str | None:
     return str(inside) if inside.is_file() else shutil.which("nvcc")
 
 
-def compile_cuda(nvcc: str, source: Path, arch: int) -> list[Found]:
+def compile_cuda(nvcc: str, source: Path, archs: list[int]) -> list[Found]:
+    """Compile one source to an object, host code too, as no build without a CUDA torch does."""
     from torch.utils import cpp_extension
 
-    flags = [*cpp_extension.COMMON_NVCC_FLAGS, *flags_of_setup(), "-Xcompiler=-fPIC", f"-arch=sm_{arch}"]
+    flags = [*cpp_extension.COMMON_NVCC_FLAGS, *flags_of_setup(), "-Xcompiler=-fPIC"]
+    flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     include = [f"-I{path}" for path in (ROOT / "csrc", *cpp_extension.include_paths())]
+    found = []
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernels.cubin")
-        text_of(nvcc, *flags, *include, "-cubin", "-o", str(cubin), str(source))
-        return examine(cubin, "cuda", arch)
+        text_of(nvcc, *flags, *include, "-c", "-o", f"{folder}/kernels.o", str(source))
+        text_of(tool("cuobjdump"), "-xelf", "all", "kernels.o", cwd=folder)
+        for cubin in sorted(Path(folder).glob("*.cubin")):
+            arch = re.search(r"sm_(\d+)", cubin.name)
+            if arch is None:
+                raise AuditError(f"no architecture in the name {cubin.name}: the audit no longer understands cuobjdump")
+            found += examine(cubin, "cuda", int(arch[1]))
+    if {row.arch for row in found} != set(archs):
+        raise AuditError(f"{source.name}: compiled for {archs}, found {sorted({row.arch for row in found})}")
+    return found
 
 
 def cuda_jobs(pool: ThreadPoolExecutor) -> list[Future[list[Found]]]:
@@ -160,7 +170,7 @@ def cuda_jobs(pool: ThreadPoolExecutor) -> list[Future[list[Found]]]:
     if len(archs) < len(ARCHS):
         print(f"audit: this nvcc knows only {archs} of {ARCHS}; the CUDA toolkit >= 12.8 knows all")
     sources = sorted((ROOT / "csrc").rglob("*.cu"))
-    return [pool.submit(compile_cuda, nvcc, source, arch) for source in sources for arch in archs]
+    return [pool.submit(compile_cuda, nvcc, source, archs) for source in sources]
 
 
 # ----------------------------------------------------------------------------------------------------------- Triton

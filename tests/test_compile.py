@@ -125,6 +125,8 @@ def test_inductor(cls):
     assert int(twins.compiled.skipped_steps()) == 1
 
 
+# A scheduler wraps the step, and torch warns where it cannot see that called; dynamo skips the wrapper (next test).
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=ids)
 @pytest.mark.parametrize("name", ["eager", "aot_eager"])
 @each_class
@@ -137,6 +139,18 @@ def test_a_rate_in_a_tensor_never_compiles_again(cls, name, dtype):
             s.step()
         assert twins.run() == 0
     assert float(twins.compiled.param_groups[0]["lr"]) == pytest.approx(0.01 / 16)
+
+
+def test_compiled_after_a_scheduler_took_the_step():
+    twins = Twins(torsion.TAM, rate=torch.tensor(0.01))
+    schedulers = [lr_scheduler.ExponentialLR(o, gamma=0.5) for o in twins.optimizers]
+    # Not fullgraph, as with torch's own optimizers: dynamo refuses to enter the scheduler's wrapper, not the step.
+    twins.step = torch.compile(twins.compiled.step, backend=twins.compiler)
+    for _ in range(3):
+        twins.run()
+        for s in schedulers:
+            s.step()
+    assert twins.compiler.graphs == 1
 
 
 def test_rates_in_tensors_per_group():
@@ -237,7 +251,7 @@ def test_scaled_gradients():
     assert int(twins.compiled.skipped_steps()) == 1
 
 
-def test_a_numpy_or_float_scale_set_by_hand():
+def test_a_scale_that_is_a_number():
     twins = Twins(torsion.TAM, name="aot_eager")
     twins.each(lambda o: setattr(o, "grad_scale", 4.0))
     twins.run(2)
@@ -286,12 +300,10 @@ def test_a_back_end_that_the_op_does_not_run():
     refused(optimizer, r"weight: its back end is 'reference', torch\.compile takes 'cpu'")
 
 
-def test_a_bad_gradient_is_refused_by_name():
-    p = nn.Parameter(torch.randn(4, 3))
-    optimizer = torsion.TAM([("weight", p)])
-    p.grad = torch.ones(4, 3)
-    held, p.data = p.data, torch.zeros(2, 2)
-    with pytest.raises(ValueError, match=r"weight: grad has shape \(4, 3\), the parameter \(2, 2\)"):
+def test_bad_input_is_refused_by_name():
+    optimizer = torsion.TAM([("weight", nn.Parameter(torch.randn(1).expand(4)))])
+    (p,) = optimizer.param_groups[0]["params"]
+    p.grad = torch.ones(4)
+    with pytest.raises(RuntimeError, match=r"weight: its elements share memory.*make it \.contiguous\(\)"):
         torch.compile(optimizer.step, backend="eager", fullgraph=True)()
     assert not optimizer.state
-    p.data = held

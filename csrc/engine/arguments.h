@@ -83,9 +83,7 @@ void fill_frame(Frame<Rule>& f, const Table& table, const StepTensors& in, const
   f.shared_is_double = in.shared.scalar_type() == ScalarType::Double;
   check_vector(in.shared, f.shared_is_double ? ScalarType::Double : ScalarType::Float, int64_t(table.n_scopes) * F::K,
                op, "shared");
-  int64_t slots = 0;
-  for (const Row& row : table.rows) slots = std::max<int64_t>(slots, row.tensor + 1);
-  check_vector(in.steps, ScalarType::Float, slots, op, "steps");
+  check_vector(in.steps, ScalarType::Float, int64_t(table.row_of.size()), op, "steps");
   check_vector(in.status, ScalarType::Long, 4, op, "status");
   check_vector(in.hyper, ScalarType::Double, int64_t(table.n_groups) * F::H, op, "hyper");
   STD_TORCH_CHECK(in.hyper.is_cpu(), op, ": hyper must be a CPU tensor; a rate on the device goes into lrs");

@@ -1,13 +1,15 @@
 // Whether a planned step still fits its optimizer: the same parameters, state, gradients' layouts and addresses.
 //
-// On a thousand small tensors this look costs as much as the update, and nearly all of it is waiting for memory: each
-// tensor is a Python object, a TensorImpl, a storage and a dictionary, which the last update has pushed out of the near
-// caches. So the walk calls torch's descriptors directly and asks for the objects of later entries ahead of time. The
-// addresses for that come from Tensor._cdata; they are hints only, never read through, and may be stale.
+// On a thousand small tensors this look would cost as much as the update if it asked Python for an address, a dtype and
+// strides each; DLPack's C exchange table gives them in one call, without a Python object. What remains is waiting for
+// memory: a tensor is a Python object, a TensorImpl, a storage and a dictionary, which the last update has pushed out of
+// the near caches, so those of later entries are asked for ahead of time. The addresses for that come from
+// Tensor._cdata; they are hints only, never read through, and may be stale.
 //
 // Anything unexpected (another object, pointer, dtype or layout, a missing or new gradient, a raised exception) means
 // "no", and Python then plans anew with full checks and messages. A gradient that merely moved is taken over here.
 #pragma once
+#include <ATen/dlpack.h>
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
@@ -39,20 +41,21 @@ class Watch {
       e.row = table->row_of.at(size_t(slot));
       e.n_streams = int32_t(streams.size());
       for (size_t k = 0; k < streams.size(); ++k) {
-        e.pointers[k] = plain(streams[k], local).attr("data_ptr")().cast<uint64_t>();
+        const py::object t = plain(streams[k], local);
+        DLTensor seen;
+        if (!look(t, seen)) throw py::error_already_set();
+        e.data[k] = address(seen);
+        if (k == 0) e.param_dtype = seen.dtype;
+        if (k == 1) e.grad_dtype = seen.dtype;
+        if (k < 2) e.shape[k] = Shape(seen);
         if (k >= 2) e.tensors[k] = streams[k];
-        hint_tensor(plain(streams[k], local));
+        hint_tensor(t);
       }
-      const py::object grad = plain(streams[1], local);
-      e.grad_dtype = grad.attr("dtype");
-      e.contiguous = grad.attr("is_contiguous")().cast<bool>();
-      if (!e.contiguous) e.grad_stride = grad.attr("stride")();
       hint(e.state.ptr());
       hint(reinterpret_cast<PyDictObject*>(e.state.ptr())->ma_keys);
       hint(reinterpret_cast<const char*>(reinterpret_cast<PyDictObject*>(e.state.ptr())->ma_keys) + 64);
     }
     e.hints_end = hints_.size();
-    e.numel = plain(e.param, local).attr("numel")().cast<int64_t>();
     entries_.push_back(std::move(e));
   }
 
@@ -86,16 +89,31 @@ class Watch {
   }
 
  private:
+  // Sizes and strides of one tensor, in one piece of memory where they are few.
+  struct Shape {
+    std::vector<int64_t> numbers;
+    Shape() = default;
+    explicit Shape(const DLTensor& t) : numbers(t.shape, t.shape + t.ndim) {
+      numbers.insert(numbers.end(), t.strides, t.strides + t.ndim);
+    }
+    bool operator==(const DLTensor& t) const {
+      const size_t n = size_t(t.ndim);
+      return numbers.size() == 2 * n && std::equal(t.shape, t.shape + n, numbers.begin()) &&
+             std::equal(t.strides, t.strides + n, numbers.begin() + int64_t(n));
+    }
+  };
+
   struct Entry {
-    py::object param, state, grad_dtype, grad_stride;
+    py::object param, state;
     py::object tensors[kMaxStreams];  // those of the state; parameter and gradient are looked up
-    uint64_t pointers[kMaxStreams] = {};
+    uint64_t data[kMaxStreams] = {};
+    Shape shape[2];  // of parameter and gradient
+    DLDataType param_dtype{}, grad_dtype{};
     Table* table = nullptr;
-    int64_t numel = 0;
     size_t items_end = 0, hints_end = 0;  // in items_ and hints_, where the last entry's end is the beginning
     int32_t row = -1;                     // -1: no gradient
     int32_t n_streams = 0;
-    bool local = false, contiguous = true;
+    bool local = false;
   };
   static constexpr size_t kAhead = 4;  // entries
 
@@ -147,68 +165,61 @@ class Watch {
       Entry& e = entries_[i];
       if (e.state && !same_items(e.state.ptr(), items_, items, e.items_end)) return false;
       items = e.items_end;
-      py::object grad = property(e.param.ptr(), names().grad);
-      if (!grad) return false;
-      if (e.row < 0) {
-        if (!grad.is_none()) return false;
-        continue;
-      }
-      if (grad.is_none()) return false;
-      py::object param = e.local ? local_of(e.param) : e.param;
-      if (e.local) grad = local_of(grad);
-      if (!param || !grad || call(param, names().data_ptr) != e.pointers[0] ||
-          call(param, names().numel) != uint64_t(e.numel) || !same_kind(e, grad))
+      const py::object grad = grad_of(e.param);
+      if (!grad || grad.is_none() != (e.row < 0)) return false;
+      if (e.row < 0) continue;
+      if (e.local) {
+        const py::object param = local_of(e.param), part = local_of(grad);
+        if (!param || !part || !same_streams(e, param, part)) return false;
+      } else if (!same_streams(e, e.param, grad)) {
         return false;
-      for (int32_t k = 2; k < e.n_streams; ++k) {
-        const py::object t = e.local ? local_of(e.tensors[k]) : e.tensors[k];
-        if (!t || call(t, names().data_ptr) != e.pointers[k]) return false;
       }
-      const uint64_t at = call(grad, names().data_ptr);
-      if (at != e.pointers[1]) move_grad(e, at);
     }
     return true;
   }
 
-  static bool same_kind(const Entry& e, const py::object& grad) {
-    if (property(grad.ptr(), names().dtype).ptr() != e.grad_dtype.ptr()) return false;
-    if (e.contiguous) return call_object(grad, names().is_contiguous).ptr() == Py_True;
-    const py::object stride = call_object(grad, names().stride);
-    return stride && PyObject_RichCompareBool(stride.ptr(), e.grad_stride.ptr(), Py_EQ) == 1;
+  static bool same_streams(Entry& e, const py::object& param, const py::object& grad) {
+    DLTensor t;
+    if (!look(param, t) || address(t) != e.data[0] || !(e.shape[0] == t) || !same(t.dtype, e.param_dtype)) return false;
+    for (int32_t k = 2; k < e.n_streams; ++k) {
+      const py::object state = e.local ? local_of(e.tensors[k]) : e.tensors[k];
+      if (!state || !look(state, t) || address(t) != e.data[k]) return false;
+    }
+    if (!look(grad, t) || !(e.shape[1] == t) || !same(t.dtype, e.grad_dtype)) return false;
+    if (address(t) != e.data[1]) move_grad(e, address(t));
+    return true;
   }
 
   static void move_grad(Entry& e, uint64_t at) {
     Row& row = e.table->rows[size_t(e.row)];
     row.at[1] = reinterpret_cast<void*>(at);
     row.aligned = is_aligned(row, e.n_streams);
-    e.pointers[1] = at;
+    e.data[1] = at;
     e.table->dirty = true;
   }
 
-  // torch's own descriptors, called directly: the lookup by name on every tensor would cost as much as the call.
-  struct Names {
-    py::object base = py::module_::import("torch").attr("_C").attr("TensorBase");
-    py::object grad = base.attr("grad"), dtype = base.attr("dtype"), data_ptr = base.attr("data_ptr"),
-               numel = base.attr("numel"), is_contiguous = base.attr("is_contiguous"), stride = base.attr("stride");
-    py::str local{"_local_tensor"};
-  };
-  static const Names& names() {
-    static const Names* const n = new Names;  // never freed: the interpreter may be gone when statics are
-    return *n;
+  static bool look(const py::object& t, DLTensor& out) {
+    static const DLPackExchangeAPI* const api = [] {
+      const py::object capsule = py::module_::import("torch").attr("Tensor").attr("__dlpack_c_exchange_api__");
+      return static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    }();
+    return api->dltensor_from_py_object_no_sync(t.ptr(), &out) == 0;
   }
-  static py::object property(PyObject* o, const py::object& descriptor) {
-    PyTypeObject* const type = Py_TYPE(descriptor.ptr());
+  static uint64_t address(const DLTensor& t) { return reinterpret_cast<uint64_t>(t.data) + t.byte_offset; }
+  static bool same(const DLDataType& a, const DLDataType& b) {
+    return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes;
+  }
+
+  // torch's own descriptor, called directly: the lookup by name would cost as much as the call.
+  static py::object grad_of(const py::object& param) {
+    static PyObject* const descriptor =
+        py::object(py::module_::import("torch").attr("_C").attr("TensorBase").attr("grad")).release().ptr();
     return py::reinterpret_steal<py::object>(
-        type->tp_descr_get(descriptor.ptr(), o, reinterpret_cast<PyObject*>(Py_TYPE(o))));
+        Py_TYPE(descriptor)->tp_descr_get(descriptor, param.ptr(), reinterpret_cast<PyObject*>(Py_TYPE(param.ptr()))));
   }
-  static py::object local_of(const py::object& o) {
-    return py::reinterpret_steal<py::object>(PyObject_GetAttr(o.ptr(), names().local.ptr()));
-  }
-  static py::object call_object(const py::object& o, const py::object& method) {
-    return py::reinterpret_steal<py::object>(PyObject_CallOneArg(method.ptr(), o.ptr()));
-  }
-  static uint64_t call(const py::object& o, const py::object& method) {
-    const py::object r = call_object(o, method);
-    return r ? PyLong_AsUnsignedLongLong(r.ptr()) : ~uint64_t(0);
+  static py::object local_of(const py::object& t) {
+    static PyObject* const name = py::str("_local_tensor").release().ptr();
+    return py::reinterpret_steal<py::object>(PyObject_GetAttr(t.ptr(), name));
   }
 
   std::vector<Entry> entries_;

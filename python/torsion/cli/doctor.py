@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 import torsion
+from torsion.cli.usage import usable_processors
 
 __all__ = ["add_arguments", "collect", "run"]
 
@@ -74,7 +75,7 @@ def _machine() -> dict[str, Any]:
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "processor instructions": torch.backends.cpu.get_cpu_capability(),
-        "processors usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "processors usable": usable_processors(),
         "torch threads": torch.get_num_threads(),
         "GPU": _gpus(),
         "nvcc": shutil.which("nvcc") or "not on PATH (needed only to build CUDA kernels)",

@@ -1,9 +1,10 @@
-"""What every command shares: bad usage is one line on standard error and exit code 2."""
+"""What the commands share; above all that bad usage is one line on standard error and exit code 2."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ __all__ = [
     "integer_from",
     "require_extra",
     "resolve_device",
+    "usable_processors",
     "writable_directory",
 ]
 
@@ -78,6 +80,11 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def usable_processors() -> int:
+    """Processors this process may use, which in a container are fewer than the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def writable_directory(flag: str, path: Path) -> Path:

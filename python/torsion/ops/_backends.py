@@ -57,7 +57,7 @@ def choose(device: str, requested: str | None = None) -> tuple[str, str]:
     forced, by = requested, "backend"
     if requested is None:
         forced, by = os.environ.get("TORSION_BACKEND"), "TORSION_BACKEND"
-    if forced:
+    if forced or requested is not None:
         if forced not in NAMES:
             raise ValueError(f"{by}={forced!r} is not a back end; use one of {', '.join(NAMES)}, or none for the best")
         reason = obstacle(forced, device)

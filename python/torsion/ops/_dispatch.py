@@ -41,6 +41,9 @@ def apply_(rule: Rule, step: Step, sums: Tensor | None, backend: str) -> None:
             _triton(rule).apply_(step, sums)
 
 
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
 def _written(step: Step) -> list[Tensor]:
     return [*step.params, *(t for s in step.states for t in s), step.shared, step.steps, step.status]
 
@@ -75,7 +78,10 @@ def _refuse_misfits(rule: Rule, step: Step) -> None:
         need(len(numbers) == n, f"{name} needs one entry per tensor")
         for i, x in enumerate(numbers):
             need(0 <= x < limit, f"{name}[{i}] = {x} is out of range")
+    rates = int(step.hyper[:, 0].isnan().sum())
+    need(rates <= len(step.lrs), f"hyper asks for {rates} learning rates, lrs holds {len(step.lrs)}")
     for i, p in enumerate(step.params):
+        need(p.dtype in _DTYPES, f"params[{i}] must be float32, float64, bfloat16 or float16, is {p.dtype}")
         need(_dense(p), f"params[{i}] has holes or overlaps in memory; pass a contiguous copy")
         places = [st if size > 1 else 0 for st, size in zip(p.stride(), p.shape, strict=True)]
         for k, tensors in enumerate(lists):

@@ -104,6 +104,7 @@ class Part:
         self.copies = [m for m in self.members if m.write_back is not None]
         self.written = [m.param if m.write_back is None else m.write_back for m in self.members]
         self.written += [t for m in self.members for t in m.states]
+        self.written += [self.flat.shared, self.flat.steps, self.flat.status]
         if self.backend not in ("cpu", "cuda"):
             return
         members = self.members

@@ -76,12 +76,12 @@ def _one_seed(baseline: Run, other: Run, metric: Metric) -> str:
 
 
 def smoothed(values: Sequence[float], window: int) -> list[float]:
-    """Mean over a centred window that shrinks at both ends, so that the curve has no lag and loses no step."""
+    """Mean over a centred window, cut off at both ends, so that the curve has no lag and loses no step."""
     half, sums = window // 2, [0.0]
     for value in values:
         sums.append(sums[-1] + value)
     result = []
     for index in range(len(values)):
-        reach = min(half, index, len(values) - 1 - index)
-        result.append((sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1))
+        first, end = max(0, index - half), min(len(values), index + half + 1)
+        result.append((sums[end] - sums[first]) / (end - first))
     return result

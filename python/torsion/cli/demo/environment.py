@@ -15,7 +15,7 @@ from torch.utils import deterministic
 
 import torsion
 from torsion.cli.demo.registry import Arm
-from torsion.cli.usage import UsageError
+from torsion.cli.usage import UsageError, usable_processors
 from torsion.ops._backends import choose
 
 __all__ = ["backend_of", "describe", "interruptible", "reproducible"]
@@ -78,5 +78,7 @@ def describe(device: torch.device, arms: Sequence[Arm]) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "device": f"{device.type} ({name})",
         "threads": torch.get_num_threads(),
+        "processors": usable_processors(),
+        "load average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "back ends": {arm.name: backend_of(arm, device) for arm in arms if arm.op is not None},
     }

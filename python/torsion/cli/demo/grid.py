@@ -77,7 +77,7 @@ def _record_task(task: Task, args: argparse.Namespace, device: torch.device) -> 
 
 
 def _search(task: Task, arm: Arm, folds: list[Data], steps: int, device: torch.device) -> list[dict[str, Any]]:
-    grid = [_measure(Plan(task, arm, rate, 0, steps, device), folds) for rate in arm.rates]
+    grid = [_measure(Plan(task, arm, rate, 0, steps, device, evaluations=1), folds) for rate in arm.rates]
     for _ in range(_GROWTH_AT_MOST):
         rates = [point["rate"] for point in grid]
         best = _best(grid)["rate"]
@@ -85,7 +85,7 @@ def _search(task: Task, arm: Arm, folds: list[Data], steps: int, device: torch.d
             break
         lower = best == rates[0]
         rate = rates[0] ** 2 / rates[1] if lower else rates[-1] ** 2 / rates[-2]
-        point = _measure(Plan(task, arm, rate, 0, steps, device), folds)
+        point = _measure(Plan(task, arm, rate, 0, steps, device, evaluations=1), folds)
         grid.insert(0 if lower else len(grid), point)
     return grid
 

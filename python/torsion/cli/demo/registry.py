@@ -86,7 +86,7 @@ _TAM = Arm(
 _ADAMW = Arm(
     name="AdamW",
     settings="torch.optim.AdamW(betas=(0.9, 0.99), weight_decay=0.1, fused=True) after clip_grad_norm_(1.0)",
-    rates=_octaves(1e-3, 4),
+    rates=_octaves(1e-3, 3),
     build=lambda model, rate: torch.optim.AdamW(
         model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.1, fused=True
     ),
@@ -95,7 +95,7 @@ _ADAMW = Arm(
 _ADATAMW = Arm(
     name="AdaTAMW",
     settings="torsion.AdaTAMW(betas=(0.9, 0.99), weight_decay=0.1, max_grad_norm=1.0)",
-    rates=_octaves(2e-4, 4),
+    rates=_octaves(2e-4, 3),
     build=lambda model, rate: torsion.AdaTAMW(
         model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.1, max_grad_norm=1.0
     ),

@@ -70,6 +70,11 @@ def print_report(outcome: Outcome, files: Sequence[Path]) -> None:
     skipped = sum(run.skipped_steps or 0 for run in outcome.runs)
     if skipped:
         console.print(f"{skipped} steps were skipped because a gradient was not finite.")
+    load, processors = outcome.environment["load average"], outcome.environment["processors"]
+    if load is not None and load > processors + 1:
+        console.print(
+            f"Other work shared the machine (load {load:.1f} on {processors} processors): times are inflated."
+        )
     if outcome.interrupted:
         console.print("Interrupted: unfinished runs count in the table as far as they came, not in the comparison.")
     console.print(

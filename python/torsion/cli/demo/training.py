@@ -19,14 +19,13 @@ from torsion.cli.demo.tasks import Data, Task
 
 __all__ = ["Plan", "Run", "rate_factor", "train"]
 
-_EVALUATIONS = 20
 _REFRESH = 10  # steps between two readings of the loss for the progress bar, each of which waits for the device
 _SAMPLE_ON_GPU = 5  # every so many steps is timed there, because timing one means waiting for the device around it
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run is asked to do."""
+    """What a run is asked to do; it is evaluated that many times, evenly spread, the last time at its end."""
 
     task: Task
     arm: Arm
@@ -34,6 +33,7 @@ class Plan:
     seed: int
     steps: int
     device: torch.device
+    evaluations: int = 20
 
 
 @dataclass
@@ -123,7 +123,7 @@ def train(plan: Plan, data: Data, progress: Callable[[int, float, float], None],
     batches = data.batches(plan.seed)
     losses: list[Tensor] = []
     observed: dict[str, list[Tensor]] = {}
-    evaluate_every = max(1, plan.steps // _EVALUATIONS)
+    evaluate_every = max(1, plan.steps // plan.evaluations)
 
     def prepare() -> None:
         if plan.arm.after_backward is not None:
