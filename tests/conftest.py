@@ -21,7 +21,11 @@ from torsion.ops import _backends
 # A test that fails by chance is a bug, so hypothesis draws the same examples each time and keeps no database.
 # Fixtures here are stateless, so that examples may share them.
 settings.register_profile(
-    "torsion", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    "torsion",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("torsion")
 

@@ -51,7 +51,9 @@ class Target:
     def optimizer(self, cls: Any, params: Any, **keywords: Any) -> Any:
         return cls(params, backend=self.backend, **keywords)
 
-    def parameter(self, values: Any, dtype: torch.dtype = torch.float64, layout: str = "contiguous") -> torch.nn.Parameter:
+    def parameter(
+        self, values: Any, dtype: torch.dtype = torch.float64, layout: str = "contiguous"
+    ) -> torch.nn.Parameter:
         """A leaf with these values in memory of its own."""
         values = torch.as_tensor(values, dtype=torch.float64).to(self.device, dtype, copy=True)
         return torch.nn.Parameter(lay(values, layout))
@@ -60,7 +62,11 @@ class Target:
 TARGETS = [Target("cpu", "cpu"), Target("reference", "reference")]
 if not torch.cuda.is_available():  # the interpreter is chosen for a whole process
     TARGETS.append(Target("triton-interpreter", "triton", interpreted=True))
-TARGETS += [Target("cuda", "cuda", "cuda"), Target("triton-gpu", "triton", "cuda"), Target("reference-gpu", "reference", "cuda")]
+TARGETS += [
+    Target("cuda", "cuda", "cuda"),
+    Target("triton-gpu", "triton", "cuda"),
+    Target("reference-gpu", "reference", "cuda"),
+]
 
 
 # Layouts: the same values, elsewhere in memory
@@ -248,7 +254,9 @@ def bits(t: Tensor) -> Tensor:
 
 
 def same_bits(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
-    return len(a) == len(b) and all(x.dtype == y.dtype and torch.equal(bits(x), bits(y)) for x, y in zip(a, b, strict=True))
+    return len(a) == len(b) and all(
+        x.dtype == y.dtype and torch.equal(bits(x), bits(y)) for x, y in zip(a, b, strict=True)
+    )
 
 
 def take_steps(optimizer: Any, gradients: Sequence[Sequence[Tensor | None]]) -> None:

@@ -1,6 +1,6 @@
 """AdaTAM and AdaTAMW against the float64 judge: back ends, dtypes, layouts, scopes, options; and what they promise.
 
-What they share with TAM through one engine (learning rates in tensors, reports, changes between steps) is in test_tam.py.
+What they share with TAM through one engine (rates in tensors, reports, changes between steps) is in test_tam.py.
 """
 
 from __future__ import annotations

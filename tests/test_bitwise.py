@@ -1,4 +1,4 @@
-"""Bit for bit: two runs, any number of threads, any instruction set; a run that was saved, copied or pickled goes on."""
+"""Bit for bit: two runs, any number of threads, any instruction set; a run saved, copied or pickled goes on."""
 
 from __future__ import annotations
 

@@ -18,7 +18,10 @@ import torsion
 SHAPES = [(5, 3), (7,), ()]
 
 # dynamo reports that it passes over the profiler's record_function around every optimizer step.
-pytestmark = pytest.mark.filterwarnings("ignore:Profiler function")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Profiler function"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),  # of torch, in torch
+]
 
 
 @pytest.fixture(autouse=True)
@@ -293,6 +296,7 @@ def test_layouts_that_need_copies():
     refused(optimizer, r"weight: its gradient differs in layout.*call step\(\) outside torch\.compile")
 
 
+@pytest.mark.backend("cpu")
 def test_a_back_end_that_the_op_does_not_run():
     p = nn.Parameter(torch.randn(4, 3))
     optimizer = torsion.TAM([("weight", p)], backend="reference")

@@ -1,4 +1,4 @@
-"""The specification's edge-case table and its list of tests, one test or more per row, in its order and by its words."""
+"""The specification's edge-case table and its list of tests: each row a test or more, in its order and words."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_tiny_norms_have_an_exact_cosine(dtype, size, target):
 @each_class
 def test_huge_float64_gradient_skips(cls, target):
     """1e200 squared is beyond float64: the step is skipped, not taken with a cosine of 0."""
-    p, optimizer = stepped(target, [(3.0, 4.0)], cls)
+    _, optimizer = stepped(target, [(3.0, 4.0)], cls)
     before = snapshot(optimizer)
     take_steps(optimizer, [[torch.tensor([1e200, 1e200], dtype=torch.float64)]])
     assert same_bits(snapshot(optimizer), before)

@@ -79,7 +79,7 @@ def test_chunking_across_the_chunks_of_the_kernels(parts, fast_target):
 @few
 @given(lengths=sizes, seed=seeds, data=st.data())
 def test_group_split_with_global_scope(fast_target, cls, lengths, seed, data):
-    """The usual split into decayed and undecayed parameters changes nothing but the decay; bit for bit if it is equal."""
+    """The usual split into decayed and undecayed parameters changes nothing but the decay: here not one bit."""
     start, gradients = problem(seed, [(n,) for n in lengths])
     cut = data.draw(st.integers(0, len(lengths)))
 

@@ -110,7 +110,7 @@ def judge_round(x, dtype, noise):
 
 
 def samples(dtype):
-    """float32 numbers of every kind that rounding meets: all sizes, exact ones, halfway, subnormal, next to overflow."""
+    """float32 numbers of every kind that rounding meets: exact, halfway, subnormal, next to overflow, any size."""
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn(400, generator=generator) * 2.0 ** torch.randint(-30, 15, (400,), generator=generator)
     exact = torch.randn(50, generator=generator).to(dtype).float()
@@ -129,7 +129,9 @@ def through_the_op(values, dtype, target, seed=11, step=4, tensor=2):
     """
     momentum = values.to(target.device).clone()
     param = torch.zeros_like(momentum, dtype=dtype)
-    call = Call(TAM, [param], states=[[momentum]], numbers={"momentum": 1.0, "lr": -1.0, "stochastic": 1.0, "seed": seed})
+    call = Call(
+        TAM, [param], states=[[momentum]], numbers={"momentum": 1.0, "lr": -1.0, "stochastic": 1.0, "seed": seed}
+    )
     call.slots, call.steps = [tensor], torch.full((tensor + 1,), float(step - 1), device=target.device)
     call.run(target.backend)
     assert torch.equal(momentum.cpu(), values), "the momentum was to stay"
@@ -194,7 +196,7 @@ def test_rounding_is_unbiased(dtype, low, high, fraction, fast_target):
 
 @each_dtype(*LOW)
 def test_updates_below_the_last_place_add_up(dtype, fast_target):
-    """1000 steps of a fiftieth of the last place move a parameter by twenty of them on average; to nearest, by none."""
+    """300 steps of a fiftieth of the last place move a parameter by six of them on average; to nearest, by none."""
     last = 2.0 ** (-7 if dtype == torch.bfloat16 else -10)
     drift = {}
     for stochastic in (False, True):
@@ -203,12 +205,12 @@ def test_updates_below_the_last_place_add_up(dtype, fast_target):
             torsion.TAM, [p], lr=last / 50, momentum=0.0, decay=1.0, eps_damping=0.0, stochastic_rounding=stochastic
         )
         p.grad = torch.full_like(p, -2.0)  # damped by 1/2
-        for _ in range(1000):
+        for _ in range(300):
             optimizer.step()
-        drift[stochastic] = float(p.double().mean() - 1.25) / last
+        drift[stochastic] = float(p.detach().double().mean() - 1.25) / last
     assert drift[False] == 0
-    # One parameter walks with variance 1000 / 50; the mean of 256 of them has a sigma of 0.28.
-    assert drift[True] == pytest.approx(20, abs=5 * 0.28)
+    # One parameter walks with variance 300 / 50; the mean of 256 of them has a sigma of 0.153.
+    assert drift[True] == pytest.approx(6, abs=5 * 0.153)
 
 
 def test_infinity_and_nan_stay():

@@ -108,7 +108,9 @@ def test_expanded_gradient(target):
 
 def test_odd_strides_of_dimensions_of_size_one(fast_target):
     """torch gives such dimensions any stride; none of them says where an element lies."""
-    p = torch.nn.Parameter(torch.randn(6, dtype=torch.float64, device=fast_target.device).as_strided((1, 6, 1), (99, 1, 5)))
+    p = torch.nn.Parameter(
+        torch.randn(6, dtype=torch.float64, device=fast_target.device).as_strided((1, 6, 1), (99, 1, 5))
+    )
     contest = Duel(fast_target, torsion.TAM, [{"params": [p]}], {"lr": 0.1, "weight_decay": 0.1})
     for _ in range(3):
         contest.step(randoms([(1, 6, 1)]))
@@ -118,7 +120,8 @@ def test_layouts_may_change_between_steps(fast_target):
     """A gradient that comes in another layout at the next step is noticed."""
     params = [fast_target.parameter(t) for t in randoms([(3, 4, 5, 6)])]
     contest = Duel(fast_target, torsion.TAM, [{"params": params}], {"lr": 0.1, "weight_decay": 0.3})
-    for contest.grad_layout in ("contiguous", "channels_last", "contiguous", "every_second", "misaligned", "contiguous"):
+    layouts = ["contiguous", "channels_last", "contiguous", "every_second", "misaligned", "contiguous"]
+    for contest.grad_layout in layouts:
         contest.step(randoms([(3, 4, 5, 6)]))
 
 
@@ -172,6 +175,16 @@ def test_float32_state_keeps_what_the_parameter_cannot(dtype, fast_target):
         correlation = 1 - 0.9**t
         expected = 0.9 * expected + (1e-8 + (1 + correlation) / 2) * 2.0**-12
     close(optimizer.state[p]["momentum_buffer"], torch.full((64,), expected), STATE[dtype])
+
+
+def test_parameter_turned_in_place_between_steps(target):
+    """A square matrix set to its own transpose: same object, sizes and address, other strides."""
+    p = target.parameter(randoms([(4, 4)])[0])
+    contest = Duel(target, torsion.TAM, [{"params": [p]}], {"lr": 0.1, "weight_decay": 0.3})
+    for _ in range(2):
+        contest.step(randoms([(4, 4)]))
+        p.data = p.data.t()
+        contest.judge.cells[0].theta = contest.judge.cells[0].theta.t()
 
 
 def test_learning_rate_changes_between_steps(target):
@@ -361,10 +374,17 @@ def test_reports_are_copies(target):
     for _ in range(2):
         p.grad = torch.ones_like(p)
         optimizer.step()
-    reports = (optimizer.cosine()["global"], optimizer.damping()["global"], optimizer.grad_norm(), optimizer.skipped_steps())
-    before = [t.item() for t in reports]
-    for t in reports:
+
+    def reports():
+        return [
+            optimizer.cosine()["global"],
+            optimizer.damping()["global"],
+            optimizer.grad_norm(),
+            optimizer.skipped_steps(),
+        ]
+
+    before = [t.item() for t in reports()]
+    for t in reports():
         t.fill_(9)
-    again = (optimizer.cosine()["global"], optimizer.damping()["global"], optimizer.grad_norm(), optimizer.skipped_steps())
-    assert [t.item() for t in again] == before
+    assert [t.item() for t in reports()] == before
     assert optimizer.state[p]["correlation"].item() == pytest.approx(0.1)

@@ -1,7 +1,7 @@
 """How close is close enough: the only tolerances of the suite. A looser row says why, as a bound one can check.
 
-``rtol`` is relative to each number, ``scale`` to the largest number of the tensor or that the caller names (sums of terms
-that cancel keep the error of their terms), ``atol`` absolute.
+``rtol`` is relative to each number, ``scale`` to the largest number of the tensor or of what the caller names (sums
+of terms that cancel keep the error of their terms), ``atol`` absolute.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <mutex>
+
 #include "engine/arguments.h"
 #include "engine/launch.cuh"
 
@@ -39,38 +41,54 @@ void check_devices(const StepTensors& in, const MaybeTensor& sums, int32_t devic
   if (sums) check_device(*sums, device, Rule::kName, "sums");
 }
 
-// The image of a table that a graph may replay must never change under it. So a capture of a changed table carries its
-// own image, in memory from the graph's pool, and an image that a graph was captured with is left as it is.
+// A graph goes on reading the workspace it was captured with, also when the optimizer has long planned anew and dropped
+// it, and nothing says when the graph itself is gone: such a workspace lives as long as the process.
+inline void keep_for_graphs(const Tensor& workspace) {
+  static std::mutex mutex;
+  static auto* const kept = new std::vector<Tensor>;  // not destroyed: at exit the device is gone before statics are
+  const std::lock_guard<std::mutex> lock(mutex);
+  kept->push_back(workspace);
+}
+
+// Where the table lies on the device for this step. An image that a graph reads must never change: a capture of a changed
+// table carries its own, in memory from the graph's pool, and one that a graph was captured with is not written again.
 template <class Rule>
 char* place(Table& table, const MaybeTensor& workspace, MaybeTensor& own, int32_t device, int64_t max_blocks,
             cudaStream_t stream) {
   const int64_t bytes = Runner<Rule>::layout(table).end;
   const bool capturing = is_capturing(stream);
-  char* kept = nullptr;
+  char* at = nullptr;
   if (workspace) {
     check_device(*workspace, device, Rule::kName, "workspace");
     check_vector(*workspace, ScalarType::Byte, bytes, Rule::kName, "workspace");
-    kept = static_cast<char*>(workspace->mutable_data_ptr());
-    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(kept) % 16 == 0, Rule::kName, ": workspace must be 16-byte aligned");
+    at = static_cast<char*>(workspace->mutable_data_ptr());
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(at) % 16 == 0, Rule::kName, ": workspace must be 16-byte aligned");
   }
-  if (kept && !table.dirty) {
-    if (capturing) table.graph_image = kept;
-    return kept;
+  if (at && !table.dirty && table.image == at) {
+    if (capturing && table.graph_image != at) {
+      keep_for_graphs(*workspace);
+      table.graph_image = at;
+    }
+    return at;
   }
-  const bool lasting = kept && !capturing && kept != table.graph_image;
+  const bool lasting = at && !capturing && at != table.graph_image;
   if (!lasting) {
     own = torch::stable::empty({bytes}, ScalarType::Byte, std::nullopt,
                                torch::stable::Device(torch::headeronly::DeviceType::CUDA, device));
-    kept = static_cast<char*>(own->mutable_data_ptr());
+    at = static_cast<char*>(own->mutable_data_ptr());
   }
-  Runner<Rule>::upload(table, kept, capturing, max_blocks, stream);
-  if (lasting) table.dirty = false;
-  return kept;
+  Runner<Rule>::upload(table, at, capturing, max_blocks, stream);
+  if (lasting) {
+    table.dirty = false;
+    table.image = at;
+  }
+  return at;
 }
 
 template <class Rule>
 void run(Table& table, const StepTensors& in, Phase phase, const MaybeTensor& sums, const MaybeTensor& workspace) {
   using F = Frame<Rule>;
+  STD_TORCH_CHECK(in.shared.is_cuda(), Rule::kName, ": shared must be on the device of the parameters");
   const int32_t device = in.shared.get_device_index();
   F f{};
   fill_frame(f, table, in, Rule::kName);

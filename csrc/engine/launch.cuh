@@ -1,7 +1,7 @@
 // The CUDA runner's host side: where a table lies on the device, how it gets there, and the launches of a step.
 //
 // A step is one reduce and one update launch for each kind (storage type) in the table, whatever the number of tensors;
-// a table that changed costs two copies and one launch more. Everything goes to the caller's stream, nothing waits.
+// a table that changed costs one copy and one launch more. Everything goes to the caller's stream, nothing waits.
 #pragma once
 #include "engine/cuda.cuh"
 
@@ -49,8 +49,10 @@ struct Runner {
 
   static void upload(const Table& t, char* workspace, bool capturing, int64_t max_blocks, cudaStream_t stream) {
     const Layout at = layout(t);
-    send(t.rows.data(), int64_t(t.rows.size() * sizeof(Row)), workspace + at.rows, capturing, stream);
-    send(t.scope_first.data(), int64_t(t.scope_first.size() * 4), workspace + at.scope_first, capturing, stream);
+    std::vector<char> image(size_t(at.image_end));
+    if (!t.rows.empty()) memcpy(image.data() + at.rows, t.rows.data(), t.rows.size() * sizeof(Row));
+    if (!t.scope_first.empty()) memcpy(image.data() + at.scope_first, t.scope_first.data(), t.scope_first.size() * 4);
+    send(image.data(), at.image_end, workspace, capturing, stream);
     launch<Threads>(expand_kernel<Threads>, blocks_for(int64_t(t.rows.size()), max_blocks), stream,
                     reinterpret_cast<const Row*>(workspace + at.rows), int64_t(t.rows.size()),
                     reinterpret_cast<Piece*>(workspace + at.pieces),

@@ -63,7 +63,8 @@ struct Table {
   int32_t n_scopes = 0, n_groups = 0;
   std::vector<double> workspace;  // the CPU runner's partial sums and coefficients, kept between steps
   bool dirty = true;              // the image on the device, if any, is older than rows, pieces and scope_first
-  // A captured CUDA graph reads the image at this address, so it is not written again.
+  // Where the image lies on the device, and where a captured CUDA graph reads one, which is not written again.
+  const void* image = nullptr;
   const void* graph_image = nullptr;
 
   // Sorts the rows by scope, cuts them into pieces, kind by kind. Keeps the given order inside a scope.

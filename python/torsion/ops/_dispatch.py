@@ -129,7 +129,7 @@ def _kernel(rule: Rule, backend: str) -> Callable[..., None]:
 
 
 def _counting(rule: Rule) -> Callable[..., None]:
-    """Raises the version counters of what the list op writes, which is how autograd learns of it; then the op itself."""
+    """The list op, then one more on the version counters of what it wrote, which is how autograd learns of it."""
     op, n_states = getattr(torch.ops.torsion, rule.op).default, len(rule.states)
 
     def kernel(keyset: Any, *args: Any) -> None:

@@ -18,7 +18,7 @@ from torsion.ops._rules import ADATAM, TAM, Rule
 from torsion.reference.adatam import adatam_
 from torsion.reference.tam import tam_
 
-__all__ = ["CONTESTANTS", "COPY", "MAX_NORM", "Builder", "Contestant", "copy_of"]
+__all__ = ["CONTESTANTS", "COPY", "MAX_NORM", "Builder", "Contestant", "copied_bytes", "copy_of"]
 
 MAX_NORM = 1.0
 """Far below the norm of the gradients here, so that clipping really clips."""
@@ -185,6 +185,11 @@ def copy_of(numel: int, device: torch.device) -> Callable[[], object]:
     source = torch.ones(numel, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
+
+
+def copied_bytes(device: torch.device) -> int:
+    """Bytes per element that :func:`copy_of` moves: a processor also reads the lines that it is about to write."""
+    return 8 if device.type == "cuda" else 12
 
 
 CONTESTANTS = {

@@ -120,7 +120,7 @@ def _host_seconds(step: Step, device: torch.device) -> float:
 
 
 def _launches(step: Step, device: torch.device) -> int | None:
-    from torch.autograd.profiler_util import DeviceType
+    from torch._C._autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize(device)

@@ -37,7 +37,7 @@ class Figure:
         p20, p80: the span of the middle three fifths of the rounds.
         seconds, baseline_seconds: medians per step behind a ratio.
         gigabytes_per_second: by the bytes the method cannot do without.
-        copy_percent: the same as a share of a copy in the same rounds (8 bytes per element).
+        copy_percent: the same as a share of a copy's in the same rounds.
         rounds, dropped: rounds that count, and those with a disturbed baseline.
         limit: what is asked of ``value``: at most this, or ``at_least``.
     """

@@ -88,18 +88,20 @@ def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 def _notes(figures: Sequence[Figure]) -> list[str]:
     notes = [
-        "ms: median per step. ratio: median of contestant / baseline round by round. GB/s: bytes the method cannot do",
-        "without / time; copy: that as a share of a copy of the list's size in the same rounds.",
+        "ms: median per step. ratio: median of contestant / baseline, round by round. GB/s: bytes the method cannot do",
+        "without / time. copy: those GB/s as a share of a copy's in the same rounds; the copy is as large as the list.",
     ]
     dropped = sum(figure.dropped for figure in figures)
     if dropped:
         notes.append(f"rounds n-d: d rounds dropped, their baseline above {DISTURBED} times its own median.")
     if any(not figure.quotable and figure.value is not None for figure in figures):
         notes.append(f"fewer than {QUOTABLE} rounds: to look at, not to quote.")
+    lists: dict[tuple[str, str], list[str]] = {}
     for figure in figures:
         if figure.note:
-            notes.append(f"{figure.what}{f' on {figure.list}' if figure.list else ''}: {figure.note}.")
-    return ["", *dict.fromkeys(notes)]
+            lists.setdefault((figure.what.rsplit(", peak")[0].rsplit(", held")[0], figure.note), []).append(figure.list)
+    notes += [f"{what} ({', '.join(dict.fromkeys(on))}): {note}." for (what, note), on in lists.items()]
+    return ["", *notes]
 
 
 def write_plot(path: Path, figures: Sequence[Figure], facts: dict[str, Any], place: Place) -> None:

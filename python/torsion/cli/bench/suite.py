@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 
 from torsion.cli.bench import cuda
 from torsion.cli.bench.comparisons import COMPARISONS, COPY_SHARE, Comparison
-from torsion.cli.bench.contestants import CONTESTANTS, COPY, Contestant, copy_of
+from torsion.cli.bench.contestants import CONTESTANTS, COPY, Contestant, copied_bytes, copy_of
 from torsion.cli.bench.figures import Figure, Place
 from torsion.cli.bench.gate import check
 from torsion.cli.bench.lists import TensorList
@@ -76,7 +76,8 @@ def _compare(comparison: Comparison, tensors: TensorList, place: Place, progress
             samplers[COPY] = stopwatch(copy_of(tensors.numel, place.device), clock_of(place.threads)[1])
             budget = min(member.seconds for member in members)
             rounds = interleave(samplers, comparison.baselines, place.rounds, gradients.refresh, budget)
-    for name in (rounds.baseline, *able):
+    shown = [] if any(rounds.baseline in other.contestants for other in COMPARISONS) else [rounds.baseline]
+    for name in (*shown, *able):
         figure = _ratio(rounds, name, comparison, tensors, place)
         yield figure
         if place.device.type == "cuda" and name in COPY_SHARE:
@@ -88,7 +89,7 @@ def _ratio(rounds: Rounds, name: str, comparison: Comparison, tensors: TensorLis
     ratio, took = rounds.ratio(name), rounds.of(name).p50
     per_element = CONTESTANTS[name].bytes_per_element
     rate = None if per_element is None else per_element * tensors.numel / took
-    copy_rate = 8 * tensors.numel / rounds.of(COPY).p50
+    copy_rate = copied_bytes(place.device) * tensors.numel / rounds.of(COPY).p50
     return Figure.at(
         place,
         name,

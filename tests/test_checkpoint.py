@@ -1,0 +1,636 @@
+"""Checkpoints: a stop in the middle changes no bit, torch's classes and ours load each other's, a damaged one is refused.
+
+Everything goes through ``torch.save`` and ``torch.load(weights_only=True)``, as a file would.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+
+import pytest
+import torch
+from helpers import DTYPES, LOW, each_class, each_dtype, ids, same_bits, snapshot, take_steps
+from tolerances import EXACT, STATE, close
+from torch import nn
+
+import torsion
+
+SHAPES = [(4, 3), (5,), ()]
+SGD, ADAM, ADAMW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
+TAM, ADATAM, ADATAMW = torsion.TAM, torsion.AdaTAM, torsion.AdaTAMW
+ADAPTIVE = (ADAM, ADAMW, ADATAM, ADATAMW)
+STATES = {TAM: ["momentum_buffer"], ADATAM: ["exp_avg", "exp_avg_sq"], ADATAMW: ["exp_avg", "exp_avg_sq"]}
+OURS = tuple(STATES)
+CROSSINGS = [(SGD, TAM), *itertools.product((ADAM, ADAMW), (ADATAM, ADATAMW))]
+
+
+def parameters(dtype=torch.float32, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in SHAPES]
+
+
+def gradients(steps, seed=2):
+    generator = torch.Generator().manual_seed(seed)
+    return [[torch.randn(s, generator=generator) for s in SHAPES] for _ in range(steps)]
+
+
+def through_a_file(checkpoint):
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def copies(optimizer):
+    return [nn.Parameter(p.detach().clone()) for g in optimizer.param_groups for p in g["params"]]
+
+
+def resumed(cls, optimizer, **options):
+    """A new optimizer over copies of the parameters, from the checkpoint of ``optimizer``."""
+    other = cls(copies(optimizer), **options)
+    other.load_state_dict(through_a_file(optimizer.state_dict()))
+    return other
+
+
+def torch_options(cls):
+    return {"lr": 0.02, "momentum": 0.8, "weight_decay": 0.1} if cls is SGD else {
+        "lr": 0.02, "betas": (0.8, 0.95), "weight_decay": 0.1
+    }  # fmt: skip
+
+
+# Our own
+
+
+@pytest.mark.parametrize("scope", ["global", "group", "tensor"])
+@each_dtype()
+@each_class
+def test_a_stop_in_the_middle_changes_no_bit(fast_target, cls, dtype, scope):
+    options = {"lr": 0.01, "scope": scope, "weight_decay": 0.1, "max_grad_norm": 1.0}
+    optimizer = fast_target.optimizer(cls, [p.to(fast_target.device) for p in parameters(dtype)], **options)
+    take_steps(optimizer, gradients(3))
+    other = resumed(lambda params: fast_target.optimizer(cls, params), optimizer)
+    assert same_bits(snapshot(other), snapshot(optimizer))
+    for step in gradients(3, seed=3):
+        for o in (optimizer, other):
+            take_steps(o, [step])
+        assert same_bits(snapshot(other), snapshot(optimizer))
+    assert other.cosine().keys() == optimizer.cosine().keys()
+    assert same_bits(list(other.cosine().values()), list(optimizer.cosine().values()))
+
+
+@each_dtype(*LOW)
+def test_random_rounding_goes_on_where_it_stopped(fast_target, dtype):
+    optimizer = fast_target.optimizer(
+        TAM, [p.to(fast_target.device) for p in parameters(dtype)], lr=1e-3, stochastic_rounding=True
+    )
+    take_steps(optimizer, gradients(3))
+    torch.manual_seed(99)  # another seed of its own, were it not for the checkpoint
+    other = resumed(lambda params: fast_target.optimizer(TAM, params, stochastic_rounding=True), optimizer)
+    assert other.param_groups[0]["sr_seed"] == optimizer.param_groups[0]["sr_seed"] is not None
+    for o in (optimizer, other):
+        take_steps(o, gradients(4, seed=3))
+    assert same_bits(snapshot(other), snapshot(optimizer))
+
+
+@pytest.mark.parametrize("stop", [0, 1, 2])
+def test_clone_resumes_before_and_after_it_seeded(stop):
+    optimizer = TAM(parameters(), lr=0.1, init="clone", scope="group")
+    take_steps(optimizer, gradients(stop))
+    other = resumed(TAM, optimizer)
+    for o in (optimizer, other):
+        take_steps(o, gradients(2, seed=3))
+    assert same_bits(snapshot(other), snapshot(optimizer))
+
+
+@each_dtype()
+@each_class
+def test_state_keeps_its_own_dtype(cls, dtype):
+    """torch casts loaded state to the parameter's dtype; bfloat16 would then lose what float32 state is for."""
+    optimizer = cls(parameters(dtype), lr=0.01)
+    take_steps(optimizer, gradients(2))
+    other = resumed(cls, optimizer)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for state in other.state.values():
+        assert all(state[k].dtype == wide for k in STATES[cls])
+    take_steps(other, gradients(1))
+    for state in other.state.values():
+        assert state["correlation"].dtype == wide
+        assert state["step"].dtype == torch.float32
+
+
+def test_state_takes_the_layout_of_its_parameter():
+    p = nn.Parameter(torch.randn(2, 3, 4, 5))
+    optimizer = TAM([p], lr=0.1)
+    p.grad = torch.randn_like(p)
+    optimizer.step()
+    other = TAM([nn.Parameter(p.detach().contiguous(memory_format=torch.channels_last))])
+    other.load_state_dict(through_a_file(optimizer.state_dict()))
+    (q,) = other.param_groups[0]["params"]
+    assert other.state[q]["momentum_buffer"].is_contiguous(memory_format=torch.channels_last)
+    p.grad = torch.randn_like(p)
+    q.grad = p.grad.contiguous(memory_format=torch.channels_last)
+    for o in (optimizer, other):
+        o.step()
+    close(q, p.detach(), STATE[torch.float32])
+
+
+def test_late_parameters():
+    """Some have no state yet when the run stops; they join after it, and adopt the scope's cosine as without a stop."""
+    optimizer = TAM(parameters(), lr=0.1)
+    take_steps(optimizer, [[g[0], None, g[2]] for g in gradients(3)])
+    other = resumed(TAM, optimizer)
+    for o in (optimizer, other):
+        take_steps(o, gradients(2, seed=3))
+    assert same_bits(snapshot(other), snapshot(optimizer))
+
+
+@pytest.mark.parametrize("scope", ["global", "group", "tensor"])
+def test_a_group_added_on_the_way(scope):
+    params = parameters()
+    optimizer = TAM(params[:2], lr=0.1, scope=scope)
+    take_steps(optimizer, [g[:2] for g in gradients(2)])
+    optimizer.add_param_group({"params": params[2:], "lr": 0.5, "momentum": 0.5})
+    take_steps(optimizer, gradients(1))
+    again = copies(optimizer)
+    other = TAM([{"params": again[:2]}, {"params": again[2:]}])
+    other.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert [g["lr"] for g in other.param_groups] == [0.1, 0.5]
+    for o in (optimizer, other):
+        take_steps(o, gradients(2, seed=3))
+    assert same_bits(snapshot(other), snapshot(optimizer))
+
+
+def test_options_of_the_checkpoint_win_over_the_constructors():
+    optimizer = TAM(parameters(), lr=0.3, decay=0.5, eps_damping=0.1, scope="tensor", max_grad_norm=2.0, maximize=True)
+    other = TAM(parameters(), lr=0.1)
+    other.load_state_dict(through_a_file(optimizer.state_dict()))
+    for key, value in optimizer.param_groups[0].items():
+        assert key == "params" or other.param_groups[0][key] == value
+
+
+def test_a_rate_in_a_tensor():
+    rate = torch.tensor(0.05)
+    optimizer = TAM(parameters(), lr=rate)
+    take_steps(optimizer, gradients(1))
+    other = TAM(copies(optimizer))
+    other.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[0]["lr"] is not rate
+    for o in (optimizer, other):
+        take_steps(o, gradients(1))
+    assert same_bits(snapshot(other), snapshot(optimizer))
+    rate.fill_(1.0)
+    assert float(other.param_groups[0]["lr"]) == pytest.approx(0.05)
+
+
+def test_names_of_parameters():
+    model = nn.Linear(3, 2)
+    optimizer = TAM(model.named_parameters())
+    other = TAM(nn.Linear(3, 2).parameters())
+    other.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert other.param_groups[0]["param_names"] == ["weight", "bias"]
+    named = TAM(model.named_parameters())
+    named.load_state_dict(TAM(nn.Linear(3, 2).parameters()).state_dict())
+    assert named.param_groups[0]["param_names"] == ["weight", "bias"]
+
+
+# Nothing is shared
+
+
+@each_class
+def test_scalars_of_a_checkpoint_are_tensors_of_their_own(cls):
+    """torch's optimizers count a ``step`` in place; one that parameters shared would count once for each of them."""
+    optimizer = cls(parameters(), lr=0.01)
+    take_steps(optimizer, gradients(2))
+    before = snapshot(optimizer)
+    checkpoint = optimizer.state_dict()
+    scalars = [s[k] for s in checkpoint["state"].values() for k in ("step", "correlation")]
+    assert len({t.untyped_storage().data_ptr() for t in scalars}) == len(scalars)
+    for t in scalars:
+        assert t.untyped_storage().nbytes() == t.element_size(), "a view would save every other scalar with it"
+        t.fill_(77)
+    assert same_bits(snapshot(optimizer), before)
+
+
+@each_class
+def test_a_loaded_checkpoint_stays_the_users(cls):
+    optimizer = cls(parameters(), lr=0.01)
+    take_steps(optimizer, gradients(2))
+    checkpoint = copy.deepcopy(optimizer.state_dict())
+    kept = copy.deepcopy(checkpoint)
+    other = cls(copies(optimizer))
+    other.load_state_dict(checkpoint)
+    take_steps(other, gradients(2, seed=3))
+    for key, state in kept["state"].items():
+        for name, value in state.items():
+            assert torch.equal(checkpoint["state"][key][name], value)
+    assert checkpoint["param_groups"] == kept["param_groups"]
+    fresh = cls(copies(optimizer))
+    fresh.load_state_dict(checkpoint)
+    for state in checkpoint["state"].values():
+        for value in state.values():
+            value.fill_(77)
+    for state in fresh.state.values():
+        assert not any((value == 77).any() for value in state.values())
+
+
+def test_scalars_that_come_back_as_one_tensor():
+    """As from distributed checkpoints."""
+    optimizer = ADATAM(parameters(), lr=0.01, bias_correction=True)
+    take_steps(optimizer, gradients(2))
+    checkpoint = optimizer.state_dict()
+    step, correlation = checkpoint["state"][0]["step"], checkpoint["state"][0]["correlation"]
+    for state in checkpoint["state"].values():
+        state.update(step=step, correlation=correlation)
+    other = ADATAM(copies(optimizer))
+    other.load_state_dict(checkpoint)
+    for o in (optimizer, other):
+        take_steps(o, gradients(2, seed=3))
+    assert same_bits(snapshot(other), snapshot(optimizer))
+    assert float(step) == 2
+
+
+# torch's classes
+
+
+@pytest.mark.parametrize(("theirs", "ours"), CROSSINGS, ids=ids)
+@each_dtype(torch.float32, torch.bfloat16)
+def test_from_torch_to_ours(theirs, ours, dtype):
+    source = theirs(parameters(dtype), **torch_options(theirs))
+    take_steps(source, gradients(3))
+    optimizer = resumed(ours, source, lr=0.5, decay=0.25, eps_damping=0.125, scope="tensor", max_grad_norm=3.0)
+    group = optimizer.param_groups[0]
+    assert group.items() >= torch_options(theirs).items(), "what torch's class has comes from the checkpoint"
+    assert (group["decay"], group["eps_damping"], group["scope"], group["max_grad_norm"]) == (
+        0.25,
+        0.125,
+        "tensor",
+        3.0,
+    )
+    assert group["decoupled_weight_decay"] == (ours is ADATAMW), "the kind of decay is the class's own"
+    for p, q in zip(source.param_groups[0]["params"], group["params"], strict=True):
+        state, saved = optimizer.state[q], source.state[p]
+        for key in STATES[ours]:
+            close(state[key], saved[key].double(), EXACT)
+            assert state[key].dtype == torch.float32
+        assert float(state["correlation"]) == 0
+        assert float(state["step"]) == (3 if "step" in saved else 1)
+    take_steps(optimizer, gradients(1))
+    assert set(optimizer.cosine()) == {"0.0", "0.1", "0.2"}
+    assert any(float(s) != 0 for s in optimizer.cosine().values()), "the momentum that came along has a direction"
+
+
+@pytest.mark.parametrize(("theirs", "ours"), CROSSINGS, ids=ids)
+def test_from_ours_to_torch_and_on(theirs, ours):
+    """torch's class steps on from our state as from its own, and its groups lack nothing."""
+    optimizer = ours(parameters(), **torch_options(theirs))
+    take_steps(optimizer, gradients(3))
+    target = resumed(theirs, optimizer)
+    by_hand = theirs(copies(optimizer), **torch_options(theirs))
+    if theirs is ADAM and ours is ADATAMW:
+        by_hand.param_groups[0]["decoupled_weight_decay"] = True  # Adam takes that from AdamW's checkpoints too
+    for p, q in zip(optimizer.param_groups[0]["params"], by_hand.param_groups[0]["params"], strict=True):
+        by_hand.state[q] = {k: optimizer.state[p][k].clone() for k in ("step", *STATES[ours])}
+    for o in (target, by_hand):
+        take_steps(o, gradients(3, seed=3))
+    for p, q in zip(target.param_groups[0]["params"], by_hand.param_groups[0]["params"], strict=True):
+        assert torch.equal(p, q)
+        for key in STATES[ours]:
+            assert torch.equal(target.state[p][key], by_hand.state[q][key])
+        if theirs is not SGD:
+            assert float(target.state[p]["step"]) == 6, "once per step, not once per parameter"
+    assert target.param_groups[0].keys() >= theirs(parameters()).param_groups[0].keys()
+
+
+@pytest.mark.parametrize("foreach", [True, False], ids=["foreach", "single"])
+@pytest.mark.parametrize(("theirs", "ours"), CROSSINGS, ids=ids)
+def test_there_and_back(theirs, ours, foreach):
+    """From torch to ours to torch to ours, steps everywhere."""
+    first = theirs(parameters(), **torch_options(theirs), foreach=foreach)
+    take_steps(first, gradients(2))
+    second = resumed(ours, first)
+    take_steps(second, gradients(2))
+    third = resumed(theirs, second)
+    assert third.param_groups[0]["foreach"] is foreach
+    take_steps(third, gradients(2))
+    fourth = resumed(ours, third)
+    take_steps(fourth, gradients(2))
+    if theirs is not SGD:
+        assert all(float(s["step"]) == 8 for s in fourth.state.values())
+    assert all(p.isfinite().all() for p in fourth.param_groups[0]["params"])
+
+
+@pytest.mark.parametrize("source", ADAPTIVE, ids=ids)
+@pytest.mark.parametrize("target", ADAPTIVE, ids=ids)
+def test_the_adaptive_family_in_every_direction(source, target):
+    before = source(parameters(), **torch_options(source))
+    take_steps(before, gradients(2))
+    after = resumed(target, before)
+    for p, q in zip(before.param_groups[0]["params"], after.param_groups[0]["params"], strict=True):
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(before.state[p][key], after.state[q][key]), "as it stands: an average there, a sum here"
+    take_steps(after, gradients(2))
+    assert all(float(s["step"]) == 4 for s in after.state.values())
+
+
+def test_bfloat16_through_torch_comes_back_with_float32_state():
+    """torch's class casts state to bfloat16; coming back it is float32 again, as good as torch left it."""
+    optimizer = ADATAMW(parameters(torch.bfloat16))
+    take_steps(optimizer, gradients(2))
+    there = resumed(ADAMW, optimizer)
+    assert all(s["exp_avg"].dtype == torch.bfloat16 for s in there.state.values())
+    take_steps(there, gradients(1))
+    back = resumed(ADATAMW, there)
+    take_steps(back, gradients(1))
+    assert all(s["exp_avg"].dtype == s["correlation"].dtype == torch.float32 for s in back.state.values())
+
+
+def test_maximize_comes_from_torchs_checkpoint():
+    source = SGD(parameters(), lr=0.1, momentum=0.9, maximize=True)
+    assert resumed(TAM, source).param_groups[0]["maximize"] is True
+
+
+# SGD keeps less than TAM needs
+
+
+def test_no_correlation_is_zero():
+    optimizer = TAM(parameters(), lr=0.1)
+    take_steps(optimizer, gradients(3))
+    checkpoint = optimizer.state_dict()
+    for state in checkpoint["state"].values():
+        del state["correlation"]
+    other = TAM(copies(optimizer))
+    other.load_state_dict(checkpoint)
+    assert all(float(s["correlation"]) == 0 for s in other.state.values())
+    take_steps(other, gradients(1))
+    # s^_1 = (1 - decay) s_1
+    close(other.damping()["global"], 0.5 + 0.05 * float(other.cosine()["global"]), STATE[torch.float32])
+
+
+def test_no_step_does_not_seed_again():
+    source = SGD(parameters(), lr=0.1, momentum=0.9)
+    take_steps(source, gradients(2))
+    assert all("step" not in s for s in source.state.values())
+    optimizer = resumed(TAM, source, init="clone")
+    step = gradients(1, seed=3)
+    take_steps(optimizer, step)
+    damping = 1e-8 + float(optimizer.damping()["global"])
+    for p, q, g in zip(optimizer.param_groups[0]["params"], source.param_groups[0]["params"], step[0], strict=True):
+        expected = 0.9 * source.state[q]["momentum_buffer"].double() + damping * g.double()
+        close(optimizer.state[p]["momentum_buffer"], expected, STATE[torch.float32])
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_sgd_without_momentum_so_far(steps):
+    """Its checkpoint holds no buffers (or ``None``): the run starts as a new one does, clones included."""
+    source = SGD(parameters(), lr=0.1, momentum=0.0)
+    take_steps(source, gradients(steps))
+    optimizer = resumed(TAM, source, init="clone")
+    assert optimizer.param_groups[0]["momentum"] == 0
+    step = gradients(1, seed=3)
+    take_steps(optimizer, step)
+    for p, g in zip(optimizer.param_groups[0]["params"], step[0], strict=True):
+        assert torch.equal(optimizer.state[p]["momentum_buffer"], g)
+        assert float(optimizer.state[p]["step"]) == 1
+
+
+def test_an_empty_buffer_as_older_torch_saved_it():
+    source = SGD(parameters(), lr=0.1, momentum=0.9)
+    checkpoint = source.state_dict()
+    checkpoint["state"] = {i: {"momentum_buffer": None} for i in range(3)}
+    optimizer = TAM(parameters())
+    optimizer.load_state_dict(checkpoint)
+    take_steps(optimizer, gradients(1))
+    assert all(float(s["step"]) == 1 for s in optimizer.state.values())
+
+
+# Refusals: everything stays bit for bit as it was
+
+
+def refused(optimizer, checkpoint, error, *words):
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    before, reports = snapshot(optimizer), (optimizer.cosine(), optimizer.skipped_steps())
+    params = [p for g in optimizer.param_groups for p in g["params"]]
+    twin = copy.deepcopy(optimizer)
+    with pytest.raises(error) as caught:
+        optimizer.load_state_dict(checkpoint)
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+    assert same_bits(snapshot(optimizer), before)
+    assert groups == [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    assert all(p is q for p, q in zip(params, (p for g in optimizer.param_groups for p in g["params"]), strict=True))
+    assert (optimizer.cosine(), optimizer.skipped_steps()) == reports
+    for o in (optimizer, twin):
+        take_steps(o, gradients(2, seed=5))
+    assert same_bits(snapshot(optimizer), snapshot(twin)), "the refused load left something behind"
+
+
+def running(cls, **options):
+    optimizer = cls([(f"layer.{i}", p) for i, p in enumerate(parameters())], lr=0.01, **options)
+    take_steps(optimizer, gradients(2))
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "setting"),
+    [
+        (lambda p: SGD(p, lr=0.1, momentum=0.9, nesterov=True), TAM, "nesterov=True"),
+        (lambda p: SGD(p, lr=0.1, momentum=0.9, dampening=0.1), TAM, "dampening=0.1"),
+        (lambda p: ADAM(p, amsgrad=True), ADATAM, "amsgrad=True"),
+        (lambda p: ADAMW(p, amsgrad=True), ADATAMW, "amsgrad=True"),
+    ],
+    ids=["nesterov", "dampening", "amsgrad-adam", "amsgrad-adamw"],
+)
+def test_methods_that_cannot_go_on_are_refused_by_name(source, target, setting):
+    there = source(parameters())
+    take_steps(there, gradients(2))
+    refused(running(target), through_a_file(there.state_dict()), ValueError, target.__name__, setting, "group 0")
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [(ADAM, TAM), (ADATAM, TAM), (SGD, ADATAM), (TAM, ADATAMW), (torch.optim.RMSprop, TAM)],
+    ids=ids,
+)
+@pytest.mark.parametrize("steps", [0, 2])
+def test_another_family_is_refused(source, target, steps):
+    if source is torch.optim.RMSprop and not steps:
+        pytest.skip("RMSprop's options alone are a subset that SGD's could be")
+    there = source(parameters(), lr=0.1)
+    take_steps(there, gradients(steps))
+    refused(running(target), there.state_dict(), ValueError, target.__name__, "same family")
+
+
+def _without(*path):
+    def damage(c):
+        for key in path[:-1]:
+            c = c[key]
+        del c[path[-1]]
+
+    return damage
+
+
+def _with(value, *path):
+    def damage(c):
+        for key in path[:-1]:
+            c = c[key]
+        c[path[-1]] = value
+
+    return damage
+
+
+def _extra_group(c):
+    c["param_groups"].append(copy.deepcopy(c["param_groups"][0]))
+
+
+DAMAGES = {
+    "no-state": (_without("state"), ["'state' and 'param_groups'", "'param_groups'"]),
+    "no-groups": (_without("param_groups"), ["'state' and 'param_groups'"]),
+    "groups-no-list": (_with({}, "param_groups"), ["param_groups is no list"]),
+    "group-no-dict": (_with([3], "param_groups"), ["param_groups is no list"]),
+    "group-without-params": (_without("param_groups", 0, "params"), ["param_groups is no list"]),
+    "params-no-list": (_with(3, "param_groups", 0, "params"), ["param_groups is no list"]),
+    "group-count": (_extra_group, ["2 parameter groups", "this optimizer 1"]),
+    "parameter-count": (
+        _with([0, 1], "param_groups", 0, "params"),
+        ["group 0", "2 parameters in the checkpoint, 3 here"],
+    ),
+    "twice-the-same": (_with([0, 1, 1], "param_groups", 0, "params"), ["twice", "[0, 1, 1]"]),
+    "names": (_with(["a"], "param_groups", 0, "param_names"), ["group 0", "1 param_names for 3 parameters"]),
+    "bad-option": (_with(-1.0, "param_groups", 0, "lr"), ["lr=-1.0", ">= 0"]),
+    "bad-scope": (_with("planet", "param_groups", 0, "scope"), ["scope='planet'"]),
+    "state-no-dict": (_with([1.0], "state", 1), ["layer.1", "list"]),
+    "all-state-no-dict": (_with([], "state"), ["state", "list"]),
+    "missing-key": (_without("state", 1, "exp_avg"), ["layer.1", "exp_avg", "same family"]),
+    "both-keys-missing": (_with({"step": torch.tensor(1.0)}, "state", 1), ["layer.1", "exp_avg"]),
+    "half-none": (_with(None, "state", 1, "exp_avg_sq"), ["layer.1", "exp_avg_sq"]),
+    "no-tensor": (_with(3.0, "state", 1, "exp_avg"), ["layer.1", "exp_avg"]),
+    "wrong-shape": (_with(torch.zeros(4), "state", 1, "exp_avg"), ["layer.1", "exp_avg has shape (4,)", "(5,)"]),
+    "same-size-other-shape": (_with(torch.zeros(3, 4), "state", 0, "exp_avg_sq"), ["layer.0", "(3, 4)", "(4, 3)"]),
+    "last-one-wrong": (_with(torch.zeros(1), "state", 2, "exp_avg"), ["layer.2", "(1,)", "()"]),
+    "complex": (_with(torch.zeros(5, dtype=torch.complex64), "state", 1, "exp_avg"), ["layer.1", "complex"]),
+    "step-of-two": (_with(torch.zeros(2), "state", 1, "step"), ["layer.1", "step is not one number"]),
+    "step-word": (_with("three", "state", 1, "step"), ["layer.1", "step is not one number"]),
+    "correlation-of-two": (
+        _with(torch.zeros(2), "state", 0, "correlation"),
+        ["layer.0", "correlation is not one number"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "words"), DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("cls", [ADATAM, ADATAMW], ids=ids)
+def test_a_damaged_checkpoint_is_refused(cls, damage, words):
+    source = running(cls)
+    take_steps(source, gradients(3, seed=7))  # a state that differs from the target's
+    checkpoint = copy.deepcopy(source.state_dict())
+    damage(checkpoint)
+    refused(running(cls), checkpoint, ValueError, *words)
+
+
+@pytest.mark.parametrize("checkpoint", [None, 3, [], {}, "path/to/file"], ids=repr)
+def test_what_is_no_checkpoint(checkpoint):
+    refused(running(TAM), checkpoint, (ValueError, TypeError), "TAM", "state_dict()")
+
+
+def test_groups_that_would_disagree():
+    first, second = parameters()[:2], parameters()[2:]
+    optimizer = TAM([{"params": first}, {"params": second}])
+    take_steps(optimizer, gradients(2))
+    checkpoint = copy.deepcopy(optimizer.state_dict())
+    checkpoint["param_groups"][1]["max_grad_norm"] = 1.0
+    refused(optimizer, checkpoint, ValueError, "group 1", "max_grad_norm=1.0")
+
+
+# Hooks
+
+
+def test_hooks_see_and_change_what_passes():
+    optimizer = TAM(parameters(), lr=0.1)
+    take_steps(optimizer, gradients(2))
+    seen = []
+    optimizer.register_state_dict_pre_hook(lambda o: seen.append("save-pre"))
+    optimizer.register_state_dict_post_hook(lambda o, c: {**c, "note": "kept"})
+    checkpoint = optimizer.state_dict()
+    assert checkpoint["note"] == "kept"
+    other = TAM(copies(optimizer))
+
+    def rename(o, c):
+        seen.append("load-pre")
+        for group in c["param_groups"]:
+            group["lr"] = 0.25
+        return None
+
+    def drop(o, c):
+        return {k: v for k, v in c.items() if k != "note"}
+
+    other.register_load_state_dict_pre_hook(rename)
+    other.register_load_state_dict_pre_hook(drop)
+    other.register_load_state_dict_post_hook(lambda o: seen.append(("load-post", o.param_groups[0]["lr"])))
+    other.load_state_dict(copy.deepcopy(checkpoint))
+    assert seen == ["save-pre", "load-pre", ("load-post", 0.25)]
+
+
+def test_a_post_hook_may_return_something_else_altogether():
+    optimizer = TAM(parameters())
+    take_steps(optimizer, gradients(1))
+    optimizer.register_state_dict_post_hook(lambda o, c: {"flat": [c]})
+    assert list(optimizer.state_dict()) == ["flat"]
+
+
+def test_hooks_run_in_a_refused_load_only_before_it():
+    optimizer = TAM(parameters())
+    seen = []
+    optimizer.register_load_state_dict_pre_hook(lambda o, c: seen.append("pre"))
+    optimizer.register_load_state_dict_post_hook(lambda o: seen.append("post"))
+    with pytest.raises(ValueError, match="param_groups"):
+        optimizer.load_state_dict({"state": {}, "param_groups": []})
+    assert seen == ["pre"]
+
+
+# Schedulers and extra keys
+
+
+def test_a_scheduler_resumes_with_its_optimizer():
+    def start(params):
+        optimizer = TAM(params, lr=1.0)
+        return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5)
+
+    optimizer, scheduler = start(parameters())
+    for step in gradients(3):
+        take_steps(optimizer, [step])
+        scheduler.step()
+    other, again = start(copies(optimizer))
+    other.load_state_dict(through_a_file(optimizer.state_dict()))
+    again.load_state_dict(through_a_file(scheduler.state_dict()))
+    assert other.param_groups[0]["initial_lr"] == 1.0
+    for step in gradients(3, seed=3):
+        for o, s in ((optimizer, scheduler), (other, again)):
+            take_steps(o, [step])
+            s.step()
+    assert same_bits(snapshot(other), snapshot(optimizer))
+
+
+def test_keys_of_others_pass_through():
+    optimizer = TAM(parameters(), lr=0.1)
+    take_steps(optimizer, gradients(1))
+    checkpoint = optimizer.state_dict()
+    checkpoint["state"][0]["mine"] = torch.ones(2)
+    checkpoint["param_groups"][0]["role"] = "backbone"
+    other = TAM(copies(optimizer))
+    other.load_state_dict(through_a_file(checkpoint))
+    take_steps(other, gradients(1))
+    assert torch.equal(other.state_dict()["state"][0]["mine"], torch.ones(2))
+    assert other.param_groups[0]["role"] == "backbone"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+def test_a_checkpoint_holds_what_it_needs_and_no_more(dtype):
+    """Bytes of the state: the tensors and two scalars each, not the shared memory they are views of."""
+    optimizer = TAM([nn.Parameter(torch.ones(2, dtype=dtype)) for _ in range(200)])
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    held = [t.untyped_storage().nbytes() for s in optimizer.state_dict()["state"].values() for t in s.values()]
+    assert sum(held) <= 200 * (2 * 8 + 4 + 8)
