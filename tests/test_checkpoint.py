@@ -1,4 +1,4 @@
-"""Checkpoints: a stop in the middle changes no bit, torch's classes and ours load each other's, a damaged one is refused.
+"""Checkpoints: a stop in the middle changes no bit, torch's classes and ours load each other's, damage is refused.
 
 Everything goes through ``torch.save`` and ``torch.load(weights_only=True)``, as a file would.
 """
@@ -408,8 +408,12 @@ def test_an_empty_buffer_as_older_torch_saved_it():
 # Refusals: everything stays bit for bit as it was
 
 
+def settings(optimizer):
+    return [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+
+
 def refused(optimizer, checkpoint, error, *words):
-    groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    groups = settings(optimizer)
     before, reports = snapshot(optimizer), (optimizer.cosine(), optimizer.skipped_steps())
     params = [p for g in optimizer.param_groups for p in g["params"]]
     twin = copy.deepcopy(optimizer)
@@ -418,7 +422,7 @@ def refused(optimizer, checkpoint, error, *words):
     for word in words:
         assert word in str(caught.value), str(caught.value)
     assert same_bits(snapshot(optimizer), before)
-    assert groups == [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    assert settings(optimizer) == groups
     assert all(p is q for p, q in zip(params, (p for g in optimizer.param_groups for p in g["params"]), strict=True))
     assert (optimizer.cosine(), optimizer.skipped_steps()) == reports
     for o in (optimizer, twin):
@@ -448,15 +452,9 @@ def test_methods_that_cannot_go_on_are_refused_by_name(source, target, setting):
     refused(running(target), through_a_file(there.state_dict()), ValueError, target.__name__, setting, "group 0")
 
 
-@pytest.mark.parametrize(
-    ("source", "target"),
-    [(ADAM, TAM), (ADATAM, TAM), (SGD, ADATAM), (TAM, ADATAMW), (torch.optim.RMSprop, TAM)],
-    ids=ids,
-)
 @pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize(("source", "target"), [(ADAM, TAM), (ADATAM, TAM), (SGD, ADATAM), (TAM, ADATAMW)], ids=ids)
 def test_another_family_is_refused(source, target, steps):
-    if source is torch.optim.RMSprop and not steps:
-        pytest.skip("RMSprop's options alone are a subset that SGD's could be")
     there = source(parameters(), lr=0.1)
     take_steps(there, gradients(steps))
     refused(running(target), there.state_dict(), ValueError, target.__name__, "same family")
@@ -501,7 +499,7 @@ DAMAGES = {
     "bad-option": (_with(-1.0, "param_groups", 0, "lr"), ["lr=-1.0", ">= 0"]),
     "bad-scope": (_with("planet", "param_groups", 0, "scope"), ["scope='planet'"]),
     "state-no-dict": (_with([1.0], "state", 1), ["layer.1", "list"]),
-    "all-state-no-dict": (_with([], "state"), ["state", "list"]),
+    "all-state-no-dict": (_with([], "state"), ["'state' is no dictionary but list"]),
     "missing-key": (_without("state", 1, "exp_avg"), ["layer.1", "exp_avg", "same family"]),
     "both-keys-missing": (_with({"step": torch.tensor(1.0)}, "state", 1), ["layer.1", "exp_avg"]),
     "half-none": (_with(None, "state", 1, "exp_avg_sq"), ["layer.1", "exp_avg_sq"]),
@@ -509,6 +507,7 @@ DAMAGES = {
     "wrong-shape": (_with(torch.zeros(4), "state", 1, "exp_avg"), ["layer.1", "exp_avg has shape (4,)", "(5,)"]),
     "same-size-other-shape": (_with(torch.zeros(3, 4), "state", 0, "exp_avg_sq"), ["layer.0", "(3, 4)", "(4, 3)"]),
     "last-one-wrong": (_with(torch.zeros(1), "state", 2, "exp_avg"), ["layer.2", "(1,)", "()"]),
+    "integers": (_with(torch.zeros(5, dtype=torch.int64), "state", 1, "exp_avg"), ["layer.1", "int64"]),
     "complex": (_with(torch.zeros(5, dtype=torch.complex64), "state", 1, "exp_avg"), ["layer.1", "complex"]),
     "step-of-two": (_with(torch.zeros(2), "state", 1, "step"), ["layer.1", "step is not one number"]),
     "step-word": (_with("three", "state", 1, "step"), ["layer.1", "step is not one number"]),
@@ -560,7 +559,6 @@ def test_hooks_see_and_change_what_passes():
         seen.append("load-pre")
         for group in c["param_groups"]:
             group["lr"] = 0.25
-        return None
 
     def drop(o, c):
         return {k: v for k, v in c.items() if k != "note"}
@@ -584,7 +582,7 @@ def test_hooks_run_in_a_refused_load_only_before_it():
     seen = []
     optimizer.register_load_state_dict_pre_hook(lambda o, c: seen.append("pre"))
     optimizer.register_load_state_dict_post_hook(lambda o: seen.append("post"))
-    with pytest.raises(ValueError, match="param_groups"):
+    with pytest.raises(ValueError, match="0 parameter groups"):
         optimizer.load_state_dict({"state": {}, "param_groups": []})
     assert seen == ["pre"]
 

@@ -117,7 +117,7 @@ def test_clone_seeds_once():
 
 
 @pytest.mark.slow
-@each_class
+@pytest.mark.parametrize("cls", [torsion.TAM, torsion.AdaTAMW], ids=ids)
 def test_inductor(cls):
     rate = torch.tensor(0.01)
     twins = Twins(cls, name="inductor", groups=2, rate=rate, max_grad_norm=0.5)
@@ -281,17 +281,17 @@ def test_a_model_trained_by_compiled_steps():
 
 
 def refused(optimizer, message):
+    """Also at the first step, of which nothing then remains."""
     before = snapshot(optimizer)
     with pytest.raises(RuntimeError, match=message):
         torch.compile(optimizer.step, backend="eager", fullgraph=True)()
-    assert same_bits(snapshot(optimizer)[: len(before)], before)
+    assert same_bits(snapshot(optimizer), before)
     optimizer.step()
 
 
 def test_layouts_that_need_copies():
     p = nn.Parameter(torch.randn(4, 3))
     optimizer = torsion.TAM([("weight", p)])
-    take_steps(optimizer, [[torch.ones(4, 3)]])
     p.grad = torch.ones(3, 4).t()
     refused(optimizer, r"weight: its gradient differs in layout.*call step\(\) outside torch\.compile")
 

@@ -421,8 +421,11 @@ def test_a_group_value_changed_to_nonsense_is_refused_at_the_step():
 def test_the_scope_may_change_between_steps():
     optimizer = torsion.TAM(parameters())
     take_steps(optimizer, gradients(2))
+    whole = optimizer.cosine()["global"]
     optimizer.param_groups[0]["scope"] = "tensor"
+    assert all(torch.equal(c, whole) for c in optimizer.cosine().values()), "each tensor's last step had that cosine"
     take_steps(optimizer, gradients(1))
+    assert len({float(c) for c in optimizer.cosine().values()}) == len(SHAPES)
     assert set(optimizer.cosine()) == {"0.0", "0.1", "0.2"}
 
 
@@ -529,8 +532,10 @@ def test_a_parameter_removed_by_hand():
     grads = gradients(3)
     for o in (optimizer, other):
         take_steps(o, grads[:1])
+    second = optimizer.cosine()["0.1"]
     gone = optimizer.param_groups[0]["params"].pop(0)
     del optimizer.state[gone]
+    assert torch.equal(optimizer.cosine()["0.0"], second), "the second is the first now"
     take_steps(optimizer, [g[1:] for g in grads[1:]])
     take_steps(other, grads[1:])
     for p, q in zip(optimizer.param_groups[0]["params"], other.param_groups[0]["params"][1:], strict=True):
@@ -551,6 +556,26 @@ def test_data_swapped_for_other_memory(cls):
         for o in (optimizer, other):
             take_steps(o, [step])
     assert same_bits(snapshot(optimizer), snapshot(other))
+
+
+def test_data_transposed_in_place():
+    """The same address, the same sizes, the same gradient memory: only the strides tell."""
+    p, q = nn.Parameter(torch.arange(9.0).reshape(3, 3)), nn.Parameter(torch.arange(9.0).reshape(3, 3).t().contiguous())
+    optimizer, other = torsion.TAM([p], lr=0.1), torsion.TAM([q], lr=0.1)
+    p.grad, q.grad = torch.randn(3, 3), torch.zeros(3, 3)
+    optimizer.step()
+    p.data = p.data.t()
+    before = p.detach().clone()
+    q.data = before.clone()
+    other.state[q].update(
+        step=torch.tensor(1.0),
+        momentum_buffer=optimizer.state[p]["momentum_buffer"].clone(),
+        correlation=torch.tensor(0.0),
+    )
+    q.grad = p.grad.clone()
+    for o in (optimizer, other):
+        o.step()
+    assert torch.equal(p, q)
 
 
 @pytest.mark.parametrize("to", [torch.bfloat16, torch.float64], ids=ids)
@@ -584,6 +609,18 @@ def test_deepcopy_and_pickle_go_on_alike():
         assert other._backend == "reference"
         take_steps(other, grads[2:])
         assert same_bits(snapshot(other), snapshot(optimizer))
+
+
+def test_a_pickle_of_an_older_version_gets_the_options_it_lacks():
+    optimizer = torsion.TAM(parameters(), lr=0.01)
+    take_steps(optimizer, gradients(1))
+    state = optimizer.__getstate__()
+    for key in ("max_grad_norm", "sr_seed"):
+        del state["param_groups"][0][key]
+    del state["_backend"]
+    other = torsion.TAM.__new__(torsion.TAM)
+    other.__setstate__(state)
+    take_steps(other, gradients(1))
 
 
 def test_two_optimizers_with_disjoint_parameters_do_not_mix():

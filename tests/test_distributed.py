@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,10 +33,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import torsion
+from torsion.optim import _sharding
 
 pytestmark = pytest.mark.dist
 
@@ -248,6 +250,35 @@ def rank_mixed(rank: int, cls: Any) -> None:
 @pytest.mark.parametrize("cls", [torsion.TAM, torsion.AdaTAMW], ids=ids)
 def test_replicated_parameters_beside_sharded_ones_count_once(workers: Workers, cls: Any) -> None:
     workers.run(rank_mixed, cls)
+
+
+def rank_pending_sums(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (WORLD,))
+    torch.manual_seed(4)
+    start, grads = torch.randn(3, 2, dtype=torch.float64), torch.randn(5, 3, 2, dtype=torch.float64)
+    p, q = nn.Parameter(distribute_tensor(start.clone(), mesh, [Replicate()])), nn.Parameter(start.clone())
+    optimizer, alone = torsion.TAM([p], lr=0.1), torsion.TAM([q], lr=0.1)
+    for step, grad in enumerate(grads):
+        p.grad = DTensor.from_local(grad * (0.25 if rank else 0.75), mesh, [Partial()])
+        q.grad = grad
+        optimizer.step()
+        alone.step()
+        assert_equal_runs(optimizer, alone, step)
+
+
+def test_gradients_that_are_still_to_be_added(workers: Workers) -> None:
+    """As tensor parallelism leaves them on replicated parameters."""
+    workers.run(rank_pending_sums)
+
+
+def test_meshes_that_do_not_contain_each_other() -> None:
+    def parameter(*ranks: int) -> Any:
+        mesh = SimpleNamespace(mesh=torch.tensor(ranks), size=lambda: len(ranks))
+        return SimpleNamespace(_local_tensor=None, placements=(), device_mesh=mesh)
+
+    _sharding.Mesh([parameter(0, 1, 2), parameter(1, 2)])
+    with pytest.raises(ValueError, match=r"different ranks.*give each its own optimizer"):
+        _sharding.Mesh([parameter(0, 1), parameter(1, 2)])
 
 
 def rank_bad_gradient(rank: int, value: float) -> tuple[list[int], list[bool], list[float]]:

@@ -200,6 +200,17 @@ def test_non_finite_momentum_skips(target):
     assert optimizer.skipped_steps().item() == 1
 
 
+def test_momentum_whose_square_overflows_skips(target):
+    """|m|^2 alone is infinite here; the cosine would silently be 0."""
+    p, optimizer = stepped(target, [(3.0, 4.0)])
+    momentum_of(optimizer, p).fill_(1e200)
+    before = snapshot(optimizer)
+    take_steps(optimizer, [[torch.tensor([1.0, 2.0])]])
+    assert same_bits(snapshot(optimizer), before)
+    assert optimizer.skipped_steps().item() == 1
+    assert optimizer.grad_norm().item() == math.inf
+
+
 def test_a_huge_learning_rate_is_not_a_non_finite_gradient(target):
     """Parameters may leave their range by the user's choice; only sums decide."""
     p, optimizer = stepped(target, [(3.0, 4000.0)], dtype=torch.float32, lr=1e38)

@@ -270,6 +270,17 @@ def test_what_a_step_writes_into_its_scalars(rule, target):
     assert doubles[3].item() == pytest.approx(0.5 / (norm + 1e-6), rel=1e-14)
 
 
+def test_a_seeding_step_forgets_what_the_momentum_held(target):
+    """clone at step 0: m = g + weight_decay theta, whatever lay there before, and outside the cosine."""
+    call = call_of(TAM, torch.float64, target.device, clone=1.0, weight_decay=0.5)
+    call.steps.zero_()
+    before = [(p.cpu().clone(), g.cpu().clone()) for p, g in zip(call.params, call.grads, strict=True)]
+    call.run(target.backend)
+    for m, (p, g) in zip(call.states[0], before, strict=True):
+        close(m, g + 0.5 * p, SUMS)
+    assert call.shared[:, 1].tolist() == [0, 0]
+
+
 def halves(call, target):
     """The sums of a step and the rest of it, as sharded training runs them."""
     if target.backend in ("triton", "reference"):

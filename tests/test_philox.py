@@ -7,7 +7,7 @@ import struct
 
 import pytest
 import torch
-from helpers import LOW, Call, bits, each_dtype, each_rule
+from helpers import LOW, Call, bits, each_dtype, each_rule, lay
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -128,7 +128,7 @@ def through_the_op(values, dtype, target, seed=11, step=4, tensor=2):
     ``step`` earlier steps and the tensor's slot are part of the counter.
     """
     momentum = values.to(target.device).clone()
-    param = torch.zeros_like(momentum, dtype=dtype)
+    param = torch.zeros_like(momentum, dtype=dtype)  # laid out as the values are
     call = Call(
         TAM, [param], states=[[momentum]], numbers={"momentum": 1.0, "lr": -1.0, "stochastic": 1.0, "seed": seed}
     )
@@ -261,6 +261,16 @@ def test_noise_depends_on_seed_step_tensor_and_element(fast_target):
         agree = int((plain == other).sum())
         assert abs(agree - 2048) < 5 * 32, change
     assert 0.4 < float((plain[1:] == plain[:-1]).float().mean()) < 0.6
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "transposed"])
+def test_noise_goes_by_place_in_memory_not_by_index(layout, target):
+    """What lies first draws first, so that the kernels can walk a tensor as it lies."""
+    values = lay(torch.full((2, 3, 4, 5), 1 + 2.0**-8), layout)
+    found = through_the_op(values, torch.bfloat16, target)
+    assert found.stride() == values.stride()
+    flat = found.as_strided((120,), (1,)).double().tolist()
+    assert flat == [judge_round(1 + 2.0**-8, torch.bfloat16, judge_bits(i, 11, 4, 2)) for i in range(120)]
 
 
 def test_noise_goes_by_place_in_memory_not_by_chunk(fast_target):

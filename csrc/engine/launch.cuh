@@ -42,7 +42,7 @@ struct Runner {
       Parcel parcel{};
       const int64_t part = std::min(bytes - at, int64_t(sizeof(Parcel::quad)));
       memcpy(parcel.quad, static_cast<const char*>(from) + at, size_t(part));
-      parcel.quads = int32_t((part + 15) / 16);
+      parcel.quads = int32_t(part / 16);  // both limits are multiples of 16
       launch<Threads>(parcel_kernel<Threads>, 1, stream, parcel, reinterpret_cast<uint4*>(to + at));
     }
   }

@@ -15,6 +15,27 @@ _REFUSED = {"nesterov": False, "dampening": 0, "amsgrad": False}
 _FAMILIES = {"momentum": "SGD or TAM", "betas": "Adam, AdamW, AdaTAM or AdaTAMW"}
 
 
+def copied(state_dict: Any, cls: str) -> dict[str, Any]:
+    """A shallow copy, which hooks may change; raise TypeError unless it is a dictionary."""
+    if not isinstance(state_dict, Mapping):
+        found = type(state_dict).__name__
+        raise TypeError(
+            f"{cls}: a checkpoint is a dictionary, got {found}; pass what an optimizer's state_dict() returned"
+        )
+    return dict(state_dict)
+
+
+def halves(state_dict: Mapping[str, Any], cls: str) -> tuple[dict[Any, Any], Any]:
+    """State and groups of a checkpoint; raise ValueError if one is missing."""
+    if "state" not in state_dict or "param_groups" not in state_dict:
+        keys = sorted(map(str, state_dict))
+        raise ValueError(f"{cls}: a checkpoint needs 'state' and 'param_groups', found {keys}; pass a state_dict()")
+    if not isinstance(state_dict["state"], Mapping):
+        found = type(state_dict["state"]).__name__
+        raise ValueError(f"{cls}: the checkpoint's 'state' is no dictionary but {found}; pass a state_dict()")
+    return dict(state_dict["state"]), state_dict["param_groups"]
+
+
 def merged_groups(saved: Any, current: list[dict[str, Any]], own: tuple[str, ...], cls: str) -> list[dict[str, Any]]:
     """The groups after a load: copies of saved values over current ones, except ``own`` keys and the parameters.
 
@@ -26,14 +47,14 @@ def merged_groups(saved: Any, current: list[dict[str, Any]], own: tuple[str, ...
         isinstance(g, Mapping) and isinstance(g.get("params"), list) for g in saved
     ):
         raise ValueError(f"{cls}: the checkpoint's param_groups is no list of groups with params; {remedy}")
-    ids = [pid for group in saved for pid in group["params"]]
-    if len(set(ids)) < len(ids):
-        raise ValueError(f"{cls}: the checkpoint's groups list a parameter twice ({ids}); {remedy}")
     if len(saved) != len(current):
         raise ValueError(
             f"{cls}: the checkpoint has {len(saved)} parameter groups, this optimizer {len(current)}; "
             "build it with the same groups"
         )
+    ids = [pid for group in saved for pid in group["params"]]
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"{cls}: the checkpoint's groups list a parameter twice ({ids}); {remedy}")
     groups = []
     for i, (old, new) in enumerate(zip(current, saved, strict=True)):
         if len(old["params"]) != len(new["params"]):
@@ -115,6 +136,8 @@ def _like(name: str, key: str, param: Tensor, value: Tensor, dtype: torch.dtype,
             f"{name}: {key} has shape {tuple(value.shape)} in the checkpoint, the parameter {tuple(param.shape)}; "
             f"{cls} needs the checkpoint of the same model"
         )
+    if not value.is_floating_point():
+        raise ValueError(f"{name}: {key} is {value.dtype} in the checkpoint, {cls} needs real floating point numbers")
     if _sharding.is_dtensor(param) != _sharding.is_dtensor(value):
         raise ValueError(
             f"{name}: of {key} in the checkpoint and the parameter, one is sharded and the other is not; "

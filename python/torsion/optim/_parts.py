@@ -30,14 +30,14 @@ class Flat:
         """Whether the tensors have these sizes."""
         return self.steps.numel() == slots and self.shared.shape[0] == scopes and self.shared.dtype == dtype
 
-    def row_of(self, correlation: object) -> Tensor | None:
-        """The row of ``shared`` that ``correlation`` is a view of."""
+    def row_of(self, correlation: object) -> int | None:
+        """Number of the row of ``shared`` that ``correlation`` is a view of."""
         if not isinstance(correlation, Tensor) or not self.shared.numel() or correlation.device != self.shared.device:
             return None
         scope, rest = divmod(
             correlation.data_ptr() - self.shared.data_ptr(), self.shared.stride(0) * self.shared.element_size()
         )
-        return self.shared[scope] if not rest and 0 <= scope < self.shared.shape[0] else None
+        return scope if not rest and 0 <= scope < self.shared.shape[0] else None
 
     def restart(self, scope: int) -> None:
         """Give a scope the values it started with."""

@@ -158,7 +158,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
         for device, flat in self._flats.items():
             if (device, scope) not in filled and correlation is not None:
                 filled.add((device, scope))
-                row = next((r for f in old if (r := f.row_of(correlation)) is not None), None)
+                row = next((f.shared[r] for f in old if (r := f.row_of(correlation)) is not None), None)
                 if row is not None:  # the scope stays, its row moves: groups were added
                     flat.shared[scope].copy_(row, non_blocking=True)
                 else:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from torsion.ops import _backends, _dispatch
-from torsion.optim import _checkpoint, _sharding
+from torsion.optim import _checkpoint, _layout, _sharding
 from torsion.optim._parts import Flat, Part, Scalars
 from torsion.optim._planned import PlannedOptimizer
 
@@ -145,32 +145,34 @@ class TorqueOptimizer(PlannedOptimizer):
         active = self._active()
         if not active:
             return
+        for _, of, i, p in active:
+            problem = self._compile_problem(p, len({q.device for *_, q in active}))
+            if problem:
+                raise RuntimeError(f"{self._describe(of, i)}: {problem}; call step() outside torch.compile")
         self._ensure_flats()
         self._make_states(active)
         g = next(k for k, own in enumerate(self.param_groups) if own is group)
         for slot, of, i, p in active:
-            if of != g:
-                continue
-            member = self._member(slot, g, i, p)
-            chosen = _backends.choose(p.device.type, self._backend)[0]
-            problem = ""
-            if _sharding.is_dtensor(p):
-                problem = "it is sharded"
-            elif member.write_back is not None or member.grad is not p.grad:
-                problem = "its gradient differs in layout or dtype, or it has gaps in memory"
-            elif chosen != _dispatch.BEHIND_OPS[p.device.type]:
-                problem = f"its back end is {chosen!r}, torch.compile takes {_dispatch.BEHIND_OPS[p.device.type]!r}"
-            elif len(self._flats) > 1:
-                problem = f"parameters are on {len(self._flats)} devices"
-            if problem:
-                raise RuntimeError(f"{self._describe(g, i)}: {problem}; call step() outside torch.compile")
-            params.append(p)
-            grads.append(p.grad)  # type: ignore[arg-type]
-            states.extend(member.states)
-            places.extend((member.scope, g, slot))
+            if of == g:
+                member = self._member(slot, g, i, p)
+                params.append(p)
+                grads.append(p.grad)  # type: ignore[arg-type]
+                states.extend(member.states)
+                places.extend((member.scope, g, slot))
         flat = next(iter(self._flats.values()))
         flats.extend((flat.shared, flat.steps, flat.status))
         self._stepped = True
+
+    def _compile_problem(self, p: Tensor, devices: int) -> str:
+        """What keeps the step of ``p`` out of a graph."""
+        chosen, behind_op = _backends.choose(p.device.type, self._backend)[0], _dispatch.BEHIND_OPS[p.device.type]
+        if _sharding.is_dtensor(p):
+            return "it is sharded"
+        if not _layout.is_dense(p) or p.grad.dtype != p.dtype or not _layout.same_layout(p.grad, p):  # type: ignore[union-attr,arg-type]
+            return "its gradient differs in layout or dtype, or it has gaps in memory"
+        if devices > 1:
+            return f"parameters are on {devices} devices"
+        return "" if chosen == behind_op else f"its back end is {chosen!r}, torch.compile takes {behind_op!r}"
 
     def _traced_step(self) -> None:
         params: list[Tensor] = []
@@ -209,13 +211,16 @@ class TorqueOptimizer(PlannedOptimizer):
     def _column(self, k: int) -> dict[Any, Tensor]:
         if not self._stepped:
             return {}
-        seen: dict[int, Tensor] = {}
+        keys, result = self._keys(), dict[Any, Tensor]()
+        flats = [(flat, flat.shared[:, k].clone()) for flat in self._flats.values()]
         for slot, g, _, p in self._all():
-            if self.state.get(p):
-                seen.setdefault(self._scope_of(slot, g), self._flats[p.device].shared)
-        copies = {id(t): t[:, k].clone() for t in seen.values()}
-        keys = self._keys()
-        return {keys[s]: copies[id(t)][s] for s, t in sorted(seen.items())}
+            # By where the state's view lies, which holds also when groups or the scope changed since the last step.
+            correlation = self.state.get(p, {}).get("correlation")
+            for flat, column in flats:
+                row = flat.row_of(correlation)
+                if row is not None:
+                    result.setdefault(keys[self._scope_of(slot, g)], column[row])
+        return result
 
     def cosine(self) -> dict[Any, Tensor]:
         """The cosine s of the last step by scope: 0-dim tensors in [-1, 1] on the device, without waiting for it.
@@ -255,6 +260,9 @@ class TorqueOptimizer(PlannedOptimizer):
         self._forget()
         super().__setstate__(state)
         self.__dict__.setdefault("_backend", None)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
 
     @_disable_dynamo
     def state_dict(self) -> dict[str, Any]:
@@ -274,21 +282,15 @@ class TorqueOptimizer(PlannedOptimizer):
         Raises:
             ValueError: another model's checkpoint, one of another family, or one with nesterov, dampening or amsgrad.
         """
-        state_dict = dict(state_dict)
+        cls = type(self).__name__
+        state_dict = _checkpoint.copied(state_dict, cls)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        cls = type(self).__name__
-        if "state" not in state_dict or "param_groups" not in state_dict:
-            found = sorted(map(str, state_dict))
-            raise ValueError(
-                f"{cls}: a checkpoint needs 'state' and 'param_groups', found {found}; pass a state_dict()"
-            )
-        saved_groups = state_dict["param_groups"]
+        unknown, saved_groups = _checkpoint.halves(state_dict, cls)
         groups = _checkpoint.merged_groups(saved_groups, self.param_groups, self._own_keys, cls)
         ids = [pid for group in saved_groups for pid in group["params"]]
         state: defaultdict[Tensor, Any] = defaultdict(dict)
-        unknown = dict(state_dict["state"])
         for (_, g, i, p), pid in zip(self._all(), ids, strict=True):
             if pid in unknown:
                 entry = _checkpoint.converted_state(self._describe(g, i), p, unknown.pop(pid), self._rule.states, cls)

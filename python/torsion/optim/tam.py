@@ -39,7 +39,8 @@ class TAM(TorqueOptimizer):
         max_grad_norm: clip all gradients together to this norm, inside the step; ``p.grad`` stays as it is.
         maximize: ascend.
         stochastic_rounding: round bfloat16 and float16 parameters up or down at random, so that small updates are not
-            lost; reproducible from torch's seed at construction (``sr_seed`` in the groups).
+            lost; reproducible from torch's seed at construction (``sr_seed`` in the groups, which ranks that hold
+            copies of a parameter must have in common).
         backend: "cuda", "triton", "cpu" or "reference"; the best for the device when None.
 
     Raises:

@@ -26,7 +26,7 @@ class Limit:
     at_least: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Comparison:
     """Contestants that take turns in the same rounds.
 

@@ -29,7 +29,7 @@ Builder = Callable[[list[Tensor], float], Callable[[], object]]
 """(parameters with gradients, learning rate) -> a step."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Contestant:
     """One way of taking a step.
 
@@ -43,6 +43,8 @@ class Contestant:
         skipped: list -> why it is not run there.
         seconds: time after which no further round begins, for the slow ones.
         note: what must be known to read its figures.
+        relative: how far it may be off at the gate, in units of a tensor's largest movement: float32 arithmetic, and
+            float32 sums of up to 5e7 terms.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Contestant:
     skipped: dict[str, str] = field(default_factory=dict)
     seconds: float = float("inf")
     note: str = ""
+    relative: float = 2e-5
 
     def obstacle(self, tensors: str, device: str) -> str:
         """Why it cannot or should not run on a list, or an empty string."""
@@ -192,6 +195,9 @@ def copied_bytes(device: torch.device) -> int:
     return 8 if device.type == "cuda" else 12
 
 
+# clip_grad_norm_ sums squares in float32. On the CPU the norm of 5e7 elements comes out 0.4 % short, of 1.2e8 1.3 %.
+_TORCH_NORM = 1e-2
+
 CONTESTANTS = {
     made.name: made
     for made in (
@@ -200,8 +206,8 @@ CONTESTANTS = {
         Contestant("TAM", _tam(), _JUDGE_TAM, 28),
         Contestant("TAM, scope tensor", _tam(scope="tensor"), _judge_tam("tensor"), 20),
         Contestant("TAM, new gradients", _tam(), _JUDGE_TAM, 28, new_gradients=True),
-        Contestant("clip + SGD fused", _clipped(_sgd(fused=True)), _JUDGE_CLIPPED_SGD, 32),
-        Contestant("clip + SGD foreach", _clipped(_sgd(foreach=True)), _JUDGE_CLIPPED_SGD),
+        Contestant("clip + SGD fused", _clipped(_sgd(fused=True)), _JUDGE_CLIPPED_SGD, 32, relative=_TORCH_NORM),
+        Contestant("clip + SGD foreach", _clipped(_sgd(foreach=True)), _JUDGE_CLIPPED_SGD, relative=_TORCH_NORM),
         Contestant("TAM, max_grad_norm", _tam(max_grad_norm=MAX_NORM), _JUDGE_CLIPPED_TAM, 28),
         Contestant("eager foreach TAM", eager_tam, _JUDGE_TAM),
         Contestant("compiled TAM", compiled_tam, _JUDGE_TAM, skipped=_LONG_COMPILE),
@@ -213,7 +219,7 @@ CONTESTANTS = {
             seconds=240,
             note="not checked: its update is an element-wise product, not the cosine of the method",
         ),
-        Contestant("unscale + clip + SGD fused", _unscaled_sgd, _JUDGE_CLIPPED_SGD, 40),
+        Contestant("unscale + clip + SGD fused", _unscaled_sgd, _JUDGE_CLIPPED_SGD, 40, relative=_TORCH_NORM),
         Contestant("TAM, max_grad_norm, scaled", _scaled_tam, _JUDGE_CLIPPED_TAM, 28),
         Contestant("AdamW fused", _adamw(fused=True), _JUDGE_ADAMW, 28),
         Contestant("AdamW foreach", _adamw(foreach=True), _JUDGE_ADAMW),

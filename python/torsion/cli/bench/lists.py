@@ -29,7 +29,7 @@ class TensorList:
 
 
 def _resnet18() -> tuple[Shape, ...]:
-    """ImageNet's ResNet-18: four stages of two blocks, each convolution followed by a norm's scale and shift."""
+    """ResNet-18 for ten classes: four stages of two blocks, each convolution followed by a norm's scale and shift."""
     shapes: list[Shape] = [(64, 3, 7, 7), (64,), (64,)]
     width = 64
     for out in (64, 128, 256, 512):
@@ -39,7 +39,7 @@ def _resnet18() -> tuple[Shape, ...]:
             if block == 0 and out != width:
                 shapes += [(out, width, 1, 1), (out,), (out,)]
         width = out
-    return (*shapes, (1000, 512), (1000,))
+    return (*shapes, (10, 512), (10,))
 
 
 def _gpt2() -> tuple[Shape, ...]:

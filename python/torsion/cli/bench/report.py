@@ -17,9 +17,7 @@ _RIGHT = (2, 3, 8, 9, 10)
 
 def render(figures: Sequence[Figure], facts: dict[str, Any], place: Place) -> str:
     """The table, headed and followed by the conditions under which it holds."""
-    where = f"{facts['device']}" + (
-        f", {place.threads} thread{'s'[: place.threads > 1]}" if place.device.type == "cpu" else ""
-    )
+    where = _where(facts, place)
     clocks = sorted({figure.clock for figure in figures if figure.unit == "x" and figure.clock})
     lines = [
         f"torsion {facts['torsion']}, torch {facts['torch']}, {where}, float32"
@@ -29,6 +27,11 @@ def render(figures: Sequence[Figure], facts: dict[str, Any], place: Place) -> st
         *_notes(figures),
     ]
     return "\n".join(lines)
+
+
+def _where(facts: dict[str, Any], place: Place) -> str:
+    threads = f", {place.threads} thread{'s' if place.threads > 1 else ''}" if place.device.type == "cpu" else ""
+    return f"{facts['device']}{threads}"
 
 
 def _row(figure: Figure) -> tuple[str, ...]:
@@ -105,37 +108,47 @@ def _notes(figures: Sequence[Figure]) -> list[str]:
 
 
 def write_plot(path: Path, figures: Sequence[Figure], facts: dict[str, Any], place: Place) -> None:
-    """Draw every ratio as a bar, with its span and its limit, one panel for each list."""
+    """Draw every ratio as a dot with its span and its limit, one panel for each list on one common scale."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
-    ratios = [figure for figure in figures if figure.unit == "x" and figure.value is not None]
-    ratios = [figure for figure in ratios if figure.what != figure.against]
-    lists = list(dict.fromkeys(figure.list for figure in ratios)) or [""]
-    canvas = Canvas(
-        figsize=(11, 1.2 + sum(0.7 + 0.34 * sum(f.list == name for f in ratios) for name in lists)), dpi=130
-    )
+    ratios = [f for f in figures if f.unit == "x" and f.value is not None and f.what != f.against]
+    lists = list(dict.fromkeys(f.list for f in ratios)) or [""]
+    heights = [0.75 + 0.3 * sum(f.list == name for f in ratios) for name in lists]
+    canvas = Canvas(figsize=(10, 0.9 + sum(heights)), dpi=130)
     FigureCanvasAgg(canvas)
-    heights = [0.7 + 0.34 * sum(f.list == name for f in ratios) for name in lists]
-    grid = canvas.add_gridspec(len(lists), 1, height_ratios=heights, left=0.34, right=0.97, hspace=0.5)
+    grid = canvas.add_gridspec(
+        len(lists), 1, height_ratios=heights, left=0.36, right=0.97, hspace=0.45,
+        top=1 - 0.6 / canvas.get_figheight(), bottom=0.4 / canvas.get_figheight(),
+    )  # fmt: skip
+    reach = [x for f in ratios for x in (f.p20, f.p80, f.limit, 1.0) if x is not None] or [1.0]
     for k, name in enumerate(lists):
-        _panel(canvas.add_subplot(grid[k, 0]), name, [figure for figure in ratios if figure.list == name])
-    canvas.suptitle(
-        f"{facts['device']}, {place.threads} threads, torch {facts['torch']}: time of a step over its baseline",
-        fontsize=10,
-    )
+        axes = canvas.add_subplot(grid[k, 0])
+        _panel(axes, name, [f for f in ratios if f.list == name])
+        axes.set_xlim(min(reach) / 1.15, max(reach) * 1.15)
+    canvas.suptitle(f"Time of a step over its baseline: {_where(facts, place)}, torch {facts['torch']}", fontsize=10)
     canvas.savefig(path)
 
 
 def _panel(axes: Any, name: str, ratios: Sequence[Figure]) -> None:
-    places = range(len(ratios), 0, -1)
-    colours = ["#D55E00" if figure.passed is False else "#0072B2" if figure.passed else "#8a8a8a" for figure in ratios]
-    axes.barh(places, [figure.value for figure in ratios], height=0.6, color=colours)
+    from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
+
+    places = list(range(len(ratios), 0, -1))
     for at, figure in zip(places, ratios, strict=True):
-        axes.plot([figure.p20, figure.p80], [at, at], color="#222222", linewidth=1.2)
+        # Okabe and Ito's colours: kept, missed, nothing asked.
+        colour = {True: "#0072B2", False: "#D55E00", None: "#5a5a5a"}[figure.passed]
+        axes.plot([figure.p20, figure.p80], [at, at], color=colour, linewidth=2.5, alpha=0.45)
+        axes.plot([figure.value], [at], "o", color=colour, markersize=6)
         if figure.limit is not None:
-            axes.plot([figure.limit] * 2, [at - 0.42, at + 0.42], color="#222222", linewidth=2)
-    axes.set_yticks(list(places), [f"{figure.what}  /  {figure.against}" for figure in ratios], fontsize=8)
+            axes.plot([figure.limit] * 2, [at - 0.35, at + 0.35], color="#222222", linewidth=1.8)
+    axes.set_yticks(places, [f"{figure.what}  /  {figure.against}" for figure in ratios], fontsize=8)
+    axes.set_ylim(0.4, len(ratios) + 0.6)
     axes.axvline(1.0, color="#222222", linewidth=0.6, linestyle=":")
     axes.set_xscale("log")
-    axes.set_title(name, loc="left", fontsize=10, fontweight="bold")
+    axes.xaxis.set_major_locator(FixedLocator([0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50, 100]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.tick_params(axis="x", labelsize=8)
+    axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.set_title(f"{name} (bar: required)", loc="left", fontsize=9.5, fontweight="bold")

@@ -44,31 +44,38 @@ def run_list(tensors: TensorList, methods: Sequence[str], place: Place, progress
     Raises:
         GateError: a contestant computes something else than it should.
     """
-    for comparison in COMPARISONS:
-        if comparison.method in methods and comparison.device in ("", place.device.type):
-            yield from _compare(comparison, tensors, place, progress)
-            gc.collect()
-
-
-def _compare(comparison: Comparison, tensors: TensorList, place: Place, progress: Progress) -> Iterator[Figure]:
-    able = []
-    for name in comparison.contestants:
-        obstacle = CONTESTANTS[name].obstacle(tensors.name, place.device.type)
-        if obstacle:
-            limit = comparison.limit(name, tensors.name, place.threads, place.device.type)
-            yield Figure.at(
-                place, name, tensors.name, "x", limit, against=comparison.baselines[0], note=f"not run: {obstacle}"
-            )
-        else:
-            able.append(name)
-    if not able:
-        return
-    members = [CONTESTANTS[name] for name in (*comparison.baselines, *able)]
-    title = f"{tensors.name}: {', '.join(member.name for member in members)}"
+    kind = place.device.type
+    asked = [c for c in COMPARISONS if c.method in methods and c.device in ("", kind)]
+    able = {c: [name for name in c.contestants if not CONTESTANTS[name].obstacle(tensors.name, kind)] for c in asked}
     gradients = Gradients(tensors, place.device)
-    with progress(f"checking {title}"):
-        check(members, tensors, gradients, place.device)
-    with progress(f"timing {title}"):
+    with progress(f"{tensors.name}: checking every contestant against float64"):
+        names = (name for c in asked if able[c] for name in (*c.baselines, *able[c]))
+        check((CONTESTANTS[name] for name in names), tensors, gradients, place.device)
+    for comparison in asked:
+        for name in comparison.contestants:
+            if name not in able[comparison]:
+                yield _absent(name, comparison, tensors, place)
+        if able[comparison]:
+            yield from _compare(comparison, able[comparison], tensors, gradients, place, progress)
+        gc.collect()
+
+
+def _absent(name: str, comparison: Comparison, tensors: TensorList, place: Place) -> Figure:
+    why = CONTESTANTS[name].obstacle(tensors.name, place.device.type)
+    limit = comparison.limit(name, tensors.name, place.threads, place.device.type)
+    return Figure.at(place, name, tensors.name, "x", limit, against=comparison.baselines[0], note=f"not run: {why}")
+
+
+def _compare(
+    comparison: Comparison,
+    able: Sequence[str],
+    tensors: TensorList,
+    gradients: Gradients,
+    place: Place,
+    progress: Progress,
+) -> Iterator[Figure]:
+    members = [CONTESTANTS[name] for name in (*comparison.baselines, *able)]
+    with progress(f"{tensors.name}: timing {'; '.join(member.name for member in members)}"):
         if place.device.type == "cuda":
             rounds = cuda.measure(members, comparison.baselines, tensors, place, LR)
         else:

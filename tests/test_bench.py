@@ -1,0 +1,296 @@
+"""`torsion bench`: the command, its record, the gate, and the arithmetic of rounds. Nothing here is timed."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+
+import torsion
+from torsion.cli import main
+from torsion.cli.bench import overhead, suite
+from torsion.cli.bench.comparisons import COMPARISONS, METHODS, Comparison, Limit
+from torsion.cli.bench.contestants import CONTESTANTS
+from torsion.cli.bench.figures import Figure, Place
+from torsion.cli.bench.gate import GateError, check
+from torsion.cli.bench.lists import LISTS, TensorList
+from torsion.cli.bench.problem import Gradients
+from torsion.cli.bench.timing import Percentiles, interleave, stopwatch
+
+CPU = torch.device("cpu")
+PLACE = Place(CPU, threads=1, rounds=1)
+TOY = TensorList("toy", ((64, 9), (33,), (1,), ()))
+SLOW = ("compiled TAM", "pytorch_optimizer TAM")  # a compiler and a large import
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """A list that takes no time, and no figure that needs processes of its own."""
+    monkeypatch.setitem(LISTS, "toy", TOY)
+    monkeypatch.setattr(overhead, "memory_figures", lambda *_: iter(()))
+    monkeypatch.setattr(
+        overhead, "import_figure", lambda place: Figure.at(place, "import", "", "s", Limit(0.5, ()), value=0.1)
+    )
+    for name in SLOW:
+        monkeypatch.setitem(CONTESTANTS[name].skipped, "toy", "it takes too long for a test")
+    return TOY
+
+
+def _replace(monkeypatch, name, build):
+    old = CONTESTANTS[name]
+    fields = {key: getattr(old, key) for key in old.__dataclass_fields__}
+    monkeypatch.setitem(CONTESTANTS, name, type(old)(**{**fields, "build": build}))
+
+
+def _refused(capsys, *words):
+    with pytest.raises(SystemExit) as exit_:
+        main(["bench", *words])
+    out, err = capsys.readouterr()
+    assert (exit_.value.code, out, err.count("\n")) == (2, "", 1), err
+    return err
+
+
+# The command
+
+
+def test_a_run_prints_every_contestant_and_writes_a_record_and_a_plot(capsys, tmp_path, toy):
+    pytest.importorskip("matplotlib")
+    record, plot = tmp_path / "record.json", tmp_path / "plot.png"
+    words = ["bench", "--list", "toy", "--threads", "1", "--rounds", "3", "--json", str(record), "--plot", str(plot)]
+    assert main([*words, "--device", "cpu"]) == 0
+    out, err = capsys.readouterr()
+    assert "checking" in err
+    assert "timing" in err
+    for comparison in COMPARISONS:
+        if comparison.device in ("", "cpu"):
+            assert all(name in out for name in comparison.contestants)
+    assert "fewer than 20 rounds" in out
+    assert "not run: it takes too long for a test" in out
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    _check_record(json.loads(record.read_text()))
+
+
+def _check_record(record):
+    assert record["schema"] == 1
+    environment = record["environment"]
+    for field in ("date", "commit", "torsion", "torch", "triton", "python", "processor", "device", "threads", "build"):
+        assert field in environment
+    assert environment["torch"] == torch.__version__
+    assert record["settings"]["rounds"] == 3
+    ratios = [figure for figure in record["figures"] if figure["unit"] == "x" and figure["value"] is not None]
+    assert {figure["what"] for figure in ratios} >= {"TAM", "AdaTAMW", "TAM, max_grad_norm", "eager foreach TAM"}
+    for figure in ratios:
+        assert (figure["list"], figure["threads"], figure["dtype"], figure["device"]) == ("toy", 1, "float32", "cpu")
+        assert figure["clock"] == "process CPU time"
+        assert 0 < figure["p20"] <= figure["value"] <= figure["p80"]
+        assert 1 <= figure["rounds"]
+        assert not figure["quotable"]
+        assert CONTESTANTS[figure["against"]]
+    assert record["figures"][-1]["passed"] is True
+
+
+def test_a_method_restricts_what_is_run(capsys, toy):
+    assert main(["bench", "adatam", "--list", "toy", "--rounds", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "AdaTAMW" in out
+    assert "SGD" not in out
+
+
+def test_more_threads_go_by_wall_time_and_are_put_back(capsys, toy):
+    before = torch.get_num_threads()
+    assert main(["bench", "adatam", "--list", "toy", "--rounds", "1", "--threads", "2"]) == 0
+    assert "wall time" in capsys.readouterr().out
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "flag", "remedy"),
+    [
+        (["lookbehinds"], "lookbehinds", "tam"),
+        (["--list", "resnet50"], "--list", "resnet18"),
+        (["--threads", "0"], "--threads", "at least 1"),
+        (["--rounds", "many"], "--rounds", "not an integer"),
+        (["--device", "tpu"], "--device", "cuda"),
+        (["--plot", "bench.txt"], "--plot", ".png"),
+        (["--json", "no/such/folder/bench.json"], "--json", "existing directory"),
+        (["--lists", "tiny"], "--lists", "--help"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_usage_is_one_line_with_flag_and_remedy(capsys, words, flag, remedy):
+    line = _refused(capsys, *words)
+    assert flag in line
+    assert remedy in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_without_a_gpu_is_refused(capsys):
+    assert "--device cpu" in _refused(capsys, "--device", "cuda")
+
+
+def test_an_interrupted_run_reports_what_it_has(capsys, monkeypatch, toy):
+    def interrupted(tensors, methods, place, progress):
+        yield Figure.at(place, "TAM", "toy", "x", value=1.25, against="SGD fused", rounds=20)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(suite, "run_list", interrupted)
+    assert main(["bench", "--list", "toy"]) == 130
+    assert "1.25" in capsys.readouterr().out
+
+
+@pytest.mark.cuda
+def test_a_run_on_a_gpu(capsys, tmp_path, toy):
+    record = tmp_path / "record.json"
+    assert main(["bench", "--list", "toy", "--rounds", "2", "--device", "cuda", "--json", str(record)]) == 0
+    figures = {(figure["what"], figure["unit"]): figure for figure in json.loads(record.read_text())["figures"]}
+    assert figures["TAM", "x"]["clock"] == "CUDA events"
+    assert figures["TAM, max_grad_norm, scaled", "x"]["value"] > 0
+    assert figures["TAM: host time of step()", "s"]["value"] > 0
+
+
+# The gate
+
+
+def _frozen_damping(params, lr):
+    """SGD at half the rate is TAM whose cosine is never looked at."""
+    return torch.optim.SGD(params, lr / 2, 0.9).step
+
+
+def _own_cosines(params, lr):
+    return torsion.TAM(params, lr, scope="tensor").step
+
+
+def _nan(params, lr):
+    return lambda: [p.data.fill_(math.nan) for p in params]
+
+
+@pytest.mark.parametrize("broken", [_frozen_damping, _own_cosines, _nan])
+def test_a_broken_contestant_stops_the_report(capsys, monkeypatch, tmp_path, toy, broken):
+    _replace(monkeypatch, "TAM", broken)
+    record = tmp_path / "record.json"
+    assert main(["bench", "tam", "--list", "toy", "--rounds", "1", "--json", str(record)]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "TAM on toy" in err.splitlines()[-1]
+    assert "float64" in err
+    assert not record.exists()
+
+
+@pytest.mark.parametrize("name", [name for name in CONTESTANTS if name not in SLOW])
+def test_every_contestant_passes_the_gate(name):
+    check([CONTESTANTS[name]], TOY, Gradients(TOY, CPU), CPU)
+
+
+def test_clipping_really_clips_at_the_gate(monkeypatch):
+    _replace(monkeypatch, "TAM, max_grad_norm", CONTESTANTS["TAM"].build)
+    with pytest.raises(GateError, match="max_grad_norm on toy: tensor 0"):
+        check([CONTESTANTS["TAM, max_grad_norm"]], TOY, Gradients(TOY, CPU), CPU)
+
+
+def test_gradients_are_refreshed_in_place_and_leave_the_cosine_away_from_zero():
+    gradients = Gradients(TOY, CPU)
+    first, places = [g.clone() for g in gradients.live], [g.data_ptr() for g in gradients.live]
+    gradients.refresh(1)
+    assert [g.data_ptr() for g in gradients.live] == places
+    assert torch.cosine_similarity(first[0].flatten(), gradients.live[0].flatten(), dim=0) > 0.3
+    assert not torch.equal(first[0], gradients.live[0])
+    gradients.refresh(2)
+    assert all(torch.equal(a, b) for a, b in zip(first, gradients.live, strict=True))
+
+
+# Rounds
+
+
+def test_percentiles_interpolate():
+    assert Percentiles.of([4.0, 1.0, 3.0, 2.0, 5.0, 6.0]) == Percentiles(2.0, 3.5, 5.0)
+    assert Percentiles.of([7.0]) == Percentiles(7.0, 7.0, 7.0)
+
+
+def test_ratios_are_taken_round_by_round_against_the_fastest_baseline():
+    series = {"slow": itertools.cycle([3.0]), "fast": iter([1.0, 2.0, 1.0]), "ours": iter([2.0, 2.0, 4.0])}
+    rounds = interleave(
+        {k: lambda k=k: next(series[k]) for k in series}, ["slow", "fast"], rounds=3, refresh=lambda _: None
+    )
+    assert (rounds.baseline, rounds.kept, rounds.dropped) == ("fast", 2, 1)  # 2.0 is twice the median: disturbed
+    assert rounds.ratio("ours").p50 == 3.0
+
+
+def test_disturbed_rounds_are_dropped_counted_and_replaced():
+    baseline, seen = itertools.chain([1.0, 9.0, 1.0], itertools.repeat(1.0)), []
+    rounds = interleave({"b": lambda: next(baseline), "c": lambda: 2.0}, ["b"], rounds=4, refresh=seen.append)
+    assert (rounds.kept, rounds.dropped, seen) == (4, 1, [0, 1, 2, 3, 4])
+    assert rounds.ratio("c") == Percentiles(2.0, 2.0, 2.0)
+
+
+def test_the_order_changes_between_rounds():
+    order = []
+    members = {k: lambda k=k: order.append(k) or 1.0 for k in "abc"}
+    interleave(members, ["a"], rounds=8, refresh=lambda _: None)
+    rounds = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
+    assert all(sorted(r) == list("abc") for r in rounds)
+    assert len(set(rounds)) > 2
+
+
+def test_short_steps_are_repeated_unless_something_precedes_each():
+    calls = []
+    now = itertools.count()
+    stopwatch(lambda: calls.append("step"), lambda: next(now) * 1e-3)()
+    assert len(calls) == 3 + 5  # three to warm up, then five of 1 ms for 5 ms
+    calls.clear()
+    stopwatch(lambda: calls.append("step"), lambda: next(now) * 1e-3, prepare=lambda: calls.append("prepare"))()
+    assert calls == ["prepare", "step"] * 4
+
+
+# What is asked
+
+
+def test_lists_are_the_models_they_are_named_after():
+    found = {name: (len(made.shapes), made.numel) for name, made in LISTS.items()}
+    assert found["resnet18"] == (62, 11_181_642)
+    assert found["gpt2"] == (148, 124_439_808)
+    assert found["tiny"] == (1000, 1_024_000)
+    assert found["one"] == (1, 50_000_000)
+
+
+def test_comparisons_name_contestants_and_lists_that_exist():
+    for comparison in COMPARISONS:
+        assert comparison.method in METHODS
+        assert {*comparison.baselines, *comparison.contestants} <= CONTESTANTS.keys()
+        assert comparison.limits.keys() <= set(comparison.contestants)
+        assert {
+            name for limits in comparison.limits.values() for limit in limits for name in limit.lists
+        } <= LISTS.keys()
+
+
+def test_limits_hold_where_they_were_set():
+    tam = next(c for c in COMPARISONS if "TAM, scope tensor" in c.contestants)
+    assert tam.limit("TAM", "tiny", 1, "cpu").value == 0.65
+    assert tam.limit("TAM", "tiny", 2, "cpu").value == 0.45
+    assert tam.limit("TAM", "tiny", 4, "cpu") is None
+    assert tam.limit("TAM", "gpt2", 4, "cpu").value == 1.5
+    assert tam.limit("TAM", "gpt2", 1, "cuda") is None
+    gpu = Comparison("tam", (), (), {"TAM": (Limit(0.85, ("gpt2",)),)}, device="cuda")
+    assert gpu.limit("TAM", "gpt2", 1, "cuda").value == 0.85
+
+
+@pytest.mark.parametrize(
+    ("value", "limit", "passed"),
+    [(1.2, Limit(1.5, ()), True), (1.6, Limit(1.5, ()), False), (1.6, Limit(1.5, (), at_least=True), True)],
+)
+def test_a_verdict_goes_by_value_and_direction(value, limit, passed):
+    assert Figure.at(PLACE, "TAM", "toy", "x", limit, value=value).passed is passed
+    assert Figure.at(PLACE, "TAM", "toy", "x", limit).passed is None
+
+
+def test_memory_is_measured_in_processes_of_their_own():
+    peak, held = overhead.memory_figures(TensorList("toy", ((1000, 300), (1000,))), ["tam"], PLACE)
+    assert peak.limit == 2**20 + 64 * (19 + 1)
+    assert abs(held.value) <= 2**21  # a size, not a claim: twice the resolution of resident memory in a small process
+    assert peak.value >= held.value - 2**16
+
+
+def test_import_time_is_measured_in_processes_of_their_own():
+    figure = overhead.import_figure(PLACE)
+    assert (figure.unit, figure.limit, figure.rounds) == ("s", 0.5, 1)
+    assert -5 < figure.value < 60
