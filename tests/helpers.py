@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from tolerances import close
 from torch import Tensor
 
 import torsion
+from torsion.ops import _dispatch, _native
 from torsion.ops._rules import ADATAM, TAM, Rule
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -348,6 +349,58 @@ class Call:
 
     def copy(self) -> Call:
         return copy.deepcopy(self)
+
+
+# A step in halves, as sharded training runs it
+
+
+_KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def table_of(call: Call, weights: Sequence[float] = (), keys: Sequence[int] = ()) -> Any:
+    """The call's tensors as a launch table of the compiled back ends."""
+    stochastic = bool(call.hyper[0, 4])
+    table = _native.plan.Table()
+    table.build(
+        pointers=[[t.data_ptr() for t in stream] for stream in (call.params, call.grads, *call.states)],
+        numel=[p.numel() for p in call.params],
+        kinds=[_KINDS[p.dtype] + 2 * (stochastic and p.dtype in LOW) for p in call.params],
+        scopes=call.scopes, groups=call.groups, slots=call.slots, weights=weights, keys=keys,
+        n_scopes=call.shared.shape[0], n_groups=call.hyper.shape[0],
+    )  # fmt: skip
+    return table
+
+
+def workspace_of(call: Call, table: Any) -> Tensor | None:
+    """Where the table lies on a GPU."""
+    if call.shared.device.type == "cpu":
+        return None
+    return torch.empty(table.workspace_bytes(call.rule.name), dtype=torch.uint8, device=call.shared.device)
+
+
+def planned(call: Call, table: Any, phase: int, sums: Tensor | None, workspace: Tensor | None) -> tuple[Any, ...]:
+    """Arguments of the planned op."""
+    return (
+        table.address, call.shared, call.steps, call.status, call.hyper, call.lrs, call.grad_scale, call.found_inf,
+        call.max_grad_norm, phase, sums, workspace,
+    )  # fmt: skip
+
+
+def halves(
+    call: Call, target: Target, weights: Sequence[float] = (), keys: Sequence[int] = ()
+) -> tuple[Tensor, Callable[[], None]]:
+    """The sums of a step, and a function that does the rest of it."""
+    if target.backend in ("triton", "reference"):
+        step = call.step()
+        step.weights, step.keys = weights, keys
+        sums = _dispatch.reduce(call.rule, step, target.backend)
+        return sums, lambda: _dispatch.apply_(call.rule, step, sums, target.backend)
+    table = table_of(call, weights, keys)
+    op = getattr(torch.ops.torsion, f"{call.rule.name}_planned_")
+    sums = torch.empty(call.shared.shape[0] + 1, 3, dtype=torch.float64, device=target.device)
+    workspace = workspace_of(call, table)
+    op(*planned(call, table, 1, sums, workspace))
+    return sums, lambda: op(*planned(call, table, 2, sums, workspace))
 
 
 each_rule = pytest.mark.parametrize("rule", [TAM, ADATAM], ids=lambda rule: rule.name)

@@ -84,7 +84,7 @@ def _check_record(record):
         assert (figure["list"], figure["threads"], figure["dtype"], figure["device"]) == ("toy", 1, "float32", "cpu")
         assert figure["clock"] == "process CPU time"
         assert 0 < figure["p20"] <= figure["value"] <= figure["p80"]
-        assert 1 <= figure["rounds"]
+        assert figure["rounds"] >= 1
         assert not figure["quotable"]
         assert CONTESTANTS[figure["against"]]
     assert record["figures"][-1]["passed"] is True
@@ -208,11 +208,11 @@ def test_percentiles_interpolate():
 
 
 def test_ratios_are_taken_round_by_round_against_the_fastest_baseline():
-    series = {"slow": itertools.cycle([3.0]), "fast": iter([1.0, 2.0, 1.0]), "ours": iter([2.0, 2.0, 4.0])}
+    series = {"slow": itertools.cycle([3.0]), "fast": iter([1.0, 2.0, 1.0, 1.0]), "ours": iter([2.0, 2.0, 4.0, 3.0])}
     rounds = interleave(
         {k: lambda k=k: next(series[k]) for k in series}, ["slow", "fast"], rounds=3, refresh=lambda _: None
     )
-    assert (rounds.baseline, rounds.kept, rounds.dropped) == ("fast", 2, 1)  # 2.0 is twice the median: disturbed
+    assert (rounds.baseline, rounds.kept, rounds.dropped) == ("fast", 3, 1)  # 2.0 is twice the median: disturbed
     assert rounds.ratio("ours").p50 == 3.0
 
 
@@ -283,6 +283,7 @@ def test_a_verdict_goes_by_value_and_direction(value, limit, passed):
     assert Figure.at(PLACE, "TAM", "toy", "x", limit).passed is None
 
 
+@pytest.mark.slow
 def test_memory_is_measured_in_processes_of_their_own():
     peak, held = overhead.memory_figures(TensorList("toy", ((1000, 300), (1000,))), ["tam"], PLACE)
     assert peak.limit == 2**20 + 64 * (19 + 1)

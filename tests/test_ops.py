@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from helpers import Call, bits, each_dtype, each_rule, ids, same_bits
+from helpers import Call, bits, each_dtype, each_rule, halves, ids, planned, same_bits, table_of, workspace_of
 from tolerances import SUMS, close
 
 import torsion
@@ -16,7 +16,6 @@ from torsion.ops._rules import RULES, TAM
 
 needs_c = pytest.mark.skipif(_native.C is None, reason=_native.missing.get("_C", ""))
 needs_plan = pytest.mark.skipif(_native.plan is None, reason=_native.missing.get("_plan", ""))
-KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 def call_of(rule, dtype=torch.float32, device="cpu", **numbers):
@@ -34,34 +33,6 @@ def call_of(rule, dtype=torch.float32, device="cpu", **numbers):
     call.scopes, call.slots = [1, 0, 1], [0, 3, 1]
     call.steps = torch.tensor([4.0, 1.0, 9.0, 0.0], device=device)
     return call
-
-
-def table_of(call):
-    """The call's tensors as a launch table."""
-    table = _native.plan.Table()
-    table.build(
-        pointers=[[t.data_ptr() for t in stream] for stream in (call.params, call.grads, *call.states)],
-        numel=[p.numel() for p in call.params],
-        kinds=[KINDS[p.dtype] for p in call.params],
-        scopes=call.scopes, groups=call.groups, slots=call.slots, weights=[], keys=[],
-        n_scopes=call.shared.shape[0], n_groups=call.hyper.shape[0],
-    )  # fmt: skip
-    return table
-
-
-def planned(call, table, phase, sums=None, workspace=None):
-    """Arguments of the planned op."""
-    return (
-        table.address, call.shared, call.steps, call.status, call.hyper, call.lrs, call.grad_scale, call.found_inf,
-        call.max_grad_norm, phase, sums, workspace,
-    )  # fmt: skip
-
-
-def workspace_of(call, table):
-    """Where the table lies on a GPU."""
-    if call.shared.device.type == "cpu":
-        return None
-    return torch.empty(table.workspace_bytes(call.rule.name), dtype=torch.uint8, device=call.shared.device)
 
 
 # opcheck
@@ -281,20 +252,6 @@ def test_a_seeding_step_forgets_what_the_momentum_held(target):
     assert call.shared[:, 1].tolist() == [0, 0]
 
 
-def halves(call, target):
-    """The sums of a step and the rest of it, as sharded training runs them."""
-    if target.backend in ("triton", "reference"):
-        step = call.step()
-        sums = _dispatch.reduce(call.rule, step, target.backend)
-        return sums, lambda: _dispatch.apply_(call.rule, step, sums, target.backend)
-    table = table_of(call)
-    op = getattr(torch.ops.torsion, f"{call.rule.name}_planned_")
-    sums = torch.empty(call.shared.shape[0] + 1, 3, dtype=torch.float64, device=target.device)
-    workspace = workspace_of(call, table)
-    op(*planned(call, table, 1, sums, workspace))
-    return sums, lambda: op(*planned(call, table, 2, sums, workspace))
-
-
 @each_rule
 def test_halves_of_a_step_make_the_whole(rule, target):
     """reduce, then apply_, bit for bit as in one go; the first half writes nothing but its sums."""
@@ -310,6 +267,15 @@ def test_halves_of_a_step_make_the_whole(rule, target):
     pairs = ((m, g), (g, g), (m, m))
     expected = [[sum(float((x[i] * y[i]).sum()) for i in row) for x, y in pairs] for row in rows]
     close(sums, torch.tensor(expected, dtype=torch.float64), SUMS)
+
+
+@each_rule
+def test_weights_say_what_part_of_the_sums_is_this_process_own(rule, target):
+    """Two ranks that hold the same tensor and half of another: their sums add up to those of the whole."""
+    call, weighted = call_of(rule, device=target.device), call_of(rule, device=target.device)
+    whole, _ = halves(call, target)
+    parts = [halves(weighted, target, weights=weights)[0] for weights in ([0.5, 0.25, 1.0], [0.5, 0.75, 0.0])]
+    close(parts[0] + parts[1], whole, SUMS)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in divide")  # interpreted: no clip is infinity / NaN

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
 
 import pytest
 import torch
-from helpers import LOW, Call, bits, each_dtype, each_rule, lay
+from helpers import LOW, Call, bits, each_dtype, each_rule, halves, lay
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -215,12 +216,14 @@ def test_updates_below_the_last_place_add_up(dtype, fast_target):
 
 def test_infinity_and_nan_stay():
     """The optimizer skips before it meets any; an overflow of the update itself still must not become a number."""
-    special = torch.tensor([math.inf, -math.inf, math.nan])
+    # NaN of every kind: a carry out of the payload would make infinity of one, or zero.
+    patterns = [0x7F800000, -0x800000, 0x7FC00000, 0x7F800001, 0x7FFFFFFF, -1, -0x7FFFFF]
+    special = torch.tensor(patterns, dtype=torch.int32).view(torch.float32)
     for dtype in LOW:
         for noise in (0, 0x1FFF, 0xFFFF):
-            found = stochastic_round(special, dtype, torch.full((3,), noise)).double()
+            found = stochastic_round(special, dtype, torch.full((len(patterns),), noise)).double()
             assert found[:2].tolist() == [math.inf, -math.inf]
-            assert found[2].isnan()
+            assert found[2:].isnan().all()
 
 
 @each_dtype(*LOW)
@@ -266,11 +269,28 @@ def test_noise_depends_on_seed_step_tensor_and_element(fast_target):
 @pytest.mark.parametrize("layout", ["channels_last", "transposed"])
 def test_noise_goes_by_place_in_memory_not_by_index(layout, target):
     """What lies first draws first, so that the kernels can walk a tensor as it lies."""
-    values = lay(torch.full((2, 3, 4, 5), 1 + 2.0**-8), layout)
+    values = lay(torch.randn(2, 3, 4, 5), layout)
     found = through_the_op(values, torch.bfloat16, target)
     assert found.stride() == values.stride()
-    flat = found.as_strided((120,), (1,)).double().tolist()
-    assert flat == [judge_round(1 + 2.0**-8, torch.bfloat16, judge_bits(i, 11, 4, 2)) for i in range(120)]
+    before, after = (t.as_strided((120,), (1,)).double().tolist() for t in (values, found))
+    assert after == [judge_round(x, torch.bfloat16, judge_bits(i, 11, 4, 2)) for i, x in enumerate(before)]
+
+
+@pytest.mark.parametrize("cut", [8, 13], ids=["whole-block", "inside-a-block"])
+@each_dtype(*LOW)
+def test_noise_of_a_shard_is_that_of_its_elements_in_the_whole(dtype, cut, target):
+    """``keys`` say where in the unsharded tensor a part begins; any number of ranks draws the same."""
+    values = torch.randn(40, device=target.device)
+    results = []
+    for bounds in ([0, 40], [0, cut, 40]):
+        parts = list(itertools.pairwise(bounds))
+        params = [torch.zeros(b - a, dtype=dtype, device=target.device) for a, b in parts]
+        numbers = {"momentum": 1.0, "lr": -1.0, "stochastic": 1.0, "seed": 11.0}
+        for p, (a, b) in zip(params, parts, strict=True):  # one call each: a slot takes part once in a step
+            call = Call(TAM, [p], states=[[values[a:b].clone()]], numbers=numbers)
+            halves(call, target, keys=[a])[1]()
+        results.append(bits(torch.cat(params)))
+    assert torch.equal(*results)
 
 
 def test_noise_goes_by_place_in_memory_not_by_chunk(fast_target):
