@@ -1,4 +1,4 @@
-"""Philox and stochastic rounding: known answers, an independent implementation in Python integers, every back end."""
+"""Philox and rounding: known answers, an independent implementation in Python integers, every back end."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_bits_of_an_element_are_those_of_the_judge(key):
     assert found == [judge_bits(key + i, 2**40 + 17, 7, 3) for i in range(40)]
 
 
-# Rounding at random
+# Rounding, to nearest and at random
 
 
 def judge_round(x, dtype, noise):
@@ -123,20 +123,42 @@ def samples(dtype):
     return torch.cat([normal, exact, halfway, subnormal, -subnormal, tiny, edge, -edge]).float()
 
 
-def through_the_op(values, dtype, target, seed=11, step=4, tensor=2):
-    """float32 numbers stored by an op with stochastic rounding: theta = 0 - (-1) m, where m stays as it is.
+def through_the_op(values, dtype, target, seed=11, step=4, tensor=2, stochastic=True):
+    """float32 numbers as an op stores them: theta = 0 - (-1) m, where m stays as it is.
 
-    ``step`` earlier steps and the tensor's slot are part of the counter.
+    ``step`` - 1 steps taken before and the tensor's slot are part of the counter.
     """
     momentum = values.to(target.device).clone()
     param = torch.zeros_like(momentum, dtype=dtype)  # laid out as the values are
-    call = Call(
-        TAM, [param], states=[[momentum]], numbers={"momentum": 1.0, "lr": -1.0, "stochastic": 1.0, "seed": seed}
-    )
+    numbers = {"momentum": 1.0, "lr": -1.0, "stochastic": float(stochastic), "seed": seed}
+    call = Call(TAM, [param], states=[[momentum]], numbers=numbers)
     call.slots, call.steps = [tensor], torch.full((tensor + 1,), float(step - 1), device=target.device)
     call.run(target.backend)
     assert torch.equal(momentum.cpu(), values), "the momentum was to stay"
     return param.cpu()
+
+
+@each_dtype(*LOW)
+def test_rounding_to_nearest_is_torchs(dtype, target):
+    """Ties to even, subnormals, overflow to infinity: the numbers above and 20000 float32 of random bits."""
+    random = torch.randint(-(2**31), 2**31, (20000,)).to(torch.int32).view(torch.float32)
+    values = torch.cat([samples(dtype), random[random.isfinite()]])
+    found = through_the_op(values, dtype, target, stochastic=False)
+    assert torch.equal(found, values.to(dtype))
+
+
+@each_dtype(*LOW)
+def test_every_number_of_a_storage_type_is_read_and_written_exactly(dtype, target):
+    """All finite patterns as gradient, m = g at a seeding step, and as parameter at a rate of 0."""
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    grad = patterns[patterns.isfinite()].to(target.device)
+    call = Call(TAM, [grad.flip(0)], [grad], numbers={"clone": 1.0, "lr": 0.0})
+    before = bits(call.params[0])
+    call.run(target.backend)
+    assert torch.equal(call.states[0][0], grad.float())
+    # Only the sign of zero may go: -0 - 0 * m.
+    same = bits(call.params[0]).view(torch.int16) == before.view(torch.int16)
+    assert (same | (call.params[0].cpu() == 0)).all()
 
 
 @each_dtype(*LOW)

@@ -66,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace, place: Place) -> int:
+    if "OMP_WAIT_POLICY" in os.environ:
+        print("torsion bench: OMP_WAIT_POLICY is set; it can slow torch's kernels down thirtyfold", file=sys.stderr)
     facts, code = record.environment(place), 0
     figures: list[Figure] = []
     try:

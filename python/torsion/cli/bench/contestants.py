@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import torsion
-from torsion.cli.bench.plain import compiled_tam, eager_tam
+from torsion.cli.bench.plain import compiled_tam, compiler_obstacle, eager_tam
 from torsion.ops import Step as OpStep
 from torsion.ops._rules import ADATAM, TAM, Rule
 from torsion.reference.adatam import adatam_
@@ -40,6 +40,7 @@ class Contestant:
         bytes_per_element: float32 bytes that the method must move, reading memory anew in each pass.
         new_gradients: the gradients lie in other tensors at every step, as after ``zero_grad(set_to_none=True)``.
         module: an optional package it needs.
+        unable: device -> why it cannot run there, or an empty string; asked last, it may take seconds.
         skipped: list -> why it is not run there.
         seconds: time after which no further round begins, for the slow ones.
         note: what must be known to read its figures.
@@ -53,6 +54,7 @@ class Contestant:
     bytes_per_element: int | None = None
     new_gradients: bool = False
     module: str | None = None
+    unable: Callable[[str], str] | None = None
     skipped: dict[str, str] = field(default_factory=dict)
     seconds: float = float("inf")
     note: str = ""
@@ -60,11 +62,11 @@ class Contestant:
 
     def obstacle(self, tensors: str, device: str) -> str:
         """Why it cannot or should not run on a list, or an empty string."""
-        if self.new_gradients and device == "cuda":
-            return "the graphs that are timed on a GPU hold the gradients' places"
         if self.module is not None and importlib.util.find_spec(self.module) is None:
             return f"{self.module} is not installed"
-        return self.skipped.get(tensors, "")
+        if tensors in self.skipped:
+            return self.skipped[tensors]
+        return "" if self.unable is None else self.unable(device)
 
 
 def _judge(
@@ -172,6 +174,10 @@ def _published(params: list[Tensor], lr: float) -> Callable[[], object]:
     return step
 
 
+def _not_in_a_graph(device: str) -> str:
+    return "it cannot be replayed as a graph, as steps on a GPU are timed here" if device == "cuda" else ""
+
+
 _LONG_COMPILE = {
     "gpt2": "compiling 148 tensors takes five minutes",
     "tiny": "compiling 1000 tensors takes longer still",
@@ -205,17 +211,18 @@ CONTESTANTS = {
         Contestant("SGD foreach", _sgd(foreach=True), _JUDGE_SGD),
         Contestant("TAM", _tam(), _JUDGE_TAM, 28),
         Contestant("TAM, scope tensor", _tam(scope="tensor"), _judge_tam("tensor"), 20),
-        Contestant("TAM, new gradients", _tam(), _JUDGE_TAM, 28, new_gradients=True),
+        Contestant("TAM, new gradients", _tam(), _JUDGE_TAM, 28, new_gradients=True, unable=_not_in_a_graph),
         Contestant("clip + SGD fused", _clipped(_sgd(fused=True)), _JUDGE_CLIPPED_SGD, 32, relative=_TORCH_NORM),
         Contestant("clip + SGD foreach", _clipped(_sgd(foreach=True)), _JUDGE_CLIPPED_SGD, relative=_TORCH_NORM),
         Contestant("TAM, max_grad_norm", _tam(max_grad_norm=MAX_NORM), _JUDGE_CLIPPED_TAM, 28),
         Contestant("eager foreach TAM", eager_tam, _JUDGE_TAM),
-        Contestant("compiled TAM", compiled_tam, _JUDGE_TAM, skipped=_LONG_COMPILE),
+        Contestant("compiled TAM", compiled_tam, _JUDGE_TAM, skipped=_LONG_COMPILE, unable=compiler_obstacle),
         Contestant(
             "pytorch_optimizer TAM",
             _published,
             None,
             module="pytorch_optimizer",
+            unable=_not_in_a_graph,
             seconds=240,
             note="not checked: its update is an element-wise product, not the cosine of the method",
         ),

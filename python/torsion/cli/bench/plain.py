@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["compiled_tam", "eager_tam"]
+__all__ = ["compiled_tam", "compiler_obstacle", "eager_tam"]
 
 _MOMENTUM, _DECAY, _EPS = 0.9, 0.9, 1e-8
 Step = Callable[[], object]
@@ -68,6 +68,16 @@ def _step(params: list[Tensor], grads: list[Tensor], momenta: list[Tensor], corr
 @functools.cache
 def _compiled() -> Any:
     return torch.compile(_step, fullgraph=True, dynamic=False)
+
+
+@functools.cache
+def compiler_obstacle(device: str) -> str:
+    """Why ``torch.compile`` does not work here (it needs a C++ compiler, on a GPU Triton), or an empty string."""
+    try:
+        torch.compile(torch.sin)(torch.ones(2, device=device))
+    except Exception as error:  # whatever the compiler's many parts raise
+        return f"torch.compile does not work here: {type(error).__name__}"
+    return ""
 
 
 def compiled_tam(params: list[Tensor], lr: float) -> Step:
