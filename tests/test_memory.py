@@ -242,6 +242,15 @@ def test_many_tensors_beyond_2_to_the_31_elements_in_sum():
 
 
 @needs_plan
+def test_tensors_of_a_scope_keep_their_order():
+    """Sums are taken in the order of the table, so sorting by scope must not shuffle the rest."""
+    n = 100
+    table = _table([3] * n, scopes=[i % 3 for i in range(n)])
+    slots = [table.piece(i)[0] for i in range(n)]
+    assert slots == sorted(range(n), key=lambda i: (i % 3, i))
+
+
+@needs_plan
 def test_memory_of_a_table_is_64_bytes_per_chunk():
     """What a step needs beyond parameters, gradients and state, for a tensor of 2^35 elements."""
     table = _table([2**35])

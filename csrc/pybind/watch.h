@@ -1,10 +1,7 @@
 // Whether a planned step still fits its optimizer: the same parameters, state, gradients' layouts and addresses.
 //
 // On a thousand small tensors this look would cost as much as the update if it asked Python for an address, a dtype and
-// strides each; DLPack's C exchange table gives them in one call, without a Python object. What remains is waiting for
-// memory: a tensor is a Python object, a TensorImpl, a storage and a dictionary, which the last update has pushed out of
-// the near caches, so those of later entries are asked for ahead of time. The addresses for that come from
-// Tensor._cdata; they are hints only, never read through, and may be stale.
+// strides each; DLPack's C exchange table gives them in one call, without a Python object.
 //
 // Anything unexpected (another object, pointer, dtype or layout, a missing or new gradient, a raised exception) means
 // "no", and Python then plans anew with full checks and messages. A gradient that merely moved is taken over here.
@@ -37,25 +34,22 @@ class Watch {
     }
     e.items_end = items_.size();
     if (!streams.empty()) {
-      if (streams.size() > size_t(kMaxStreams)) throw std::invalid_argument("more streams than a row holds");
       e.row = table->row_of.at(size_t(slot));
-      e.n_streams = int32_t(streams.size());
       for (size_t k = 0; k < streams.size(); ++k) {
-        const py::object t = plain(streams[k], local);
         DLTensor seen;
-        if (!look(t, seen)) throw py::error_already_set();
-        e.data[k] = address(seen);
-        if (k == 0) e.param_dtype = seen.dtype;
-        if (k == 1) e.grad_dtype = seen.dtype;
-        if (k < 2) e.shape[k] = Shape(seen);
-        if (k >= 2) e.tensors[k] = streams[k];
-        hint_tensor(t);
+        if (!look(local ? py::object(streams[k].attr("_local_tensor")) : streams[k], seen))
+          throw py::error_already_set();
+        streams_.push_back({k < 2 ? py::object() : streams[k], address(seen)});
+        if (k == 0) {
+          e.dtype[0] = seen.dtype;
+          numbers_.insert(numbers_.end(), seen.shape, seen.shape + seen.ndim);
+        }
+        if (k < 2) numbers_.insert(numbers_.end(), seen.strides, seen.strides + seen.ndim);
+        if (k == 1) e.dtype[1] = seen.dtype;
       }
-      hint(e.state.ptr());
-      hint(reinterpret_cast<PyDictObject*>(e.state.ptr())->ma_keys);
-      hint(reinterpret_cast<const char*>(reinterpret_cast<PyDictObject*>(e.state.ptr())->ma_keys) + 64);
     }
-    e.hints_end = hints_.size();
+    e.streams_end = streams_.size();
+    e.numbers_end = numbers_.size();
     entries_.push_back(std::move(e));
   }
 
@@ -63,6 +57,10 @@ class Watch {
   void seal(const py::dict& state) {
     state_.clear();
     remember(state, state_);
+    entries_.shrink_to_fit();
+    streams_.shrink_to_fit();
+    items_.shrink_to_fit();
+    numbers_.shrink_to_fit();
   }
 
   bool holds(const py::list& groups, const py::dict& state) {
@@ -75,8 +73,8 @@ class Watch {
     for (const Entry& e : entries_) {
       Py_VISIT(e.param.ptr());
       Py_VISIT(e.state.ptr());
-      for (const py::object& o : e.tensors) Py_VISIT(o.ptr());
     }
+    for (const Stream& stream : streams_) Py_VISIT(stream.tensor.ptr());
     for (const py::object& o : items_) Py_VISIT(o.ptr());
     for (const py::object& o : state_) Py_VISIT(o.ptr());
     return 0;
@@ -84,56 +82,32 @@ class Watch {
 
   void clear() {
     entries_.clear();
+    streams_.clear();
     items_.clear();
     state_.clear();
   }
 
  private:
-  // Sizes and strides of one tensor, in one piece of memory where they are few.
-  struct Shape {
-    std::vector<int64_t> numbers;
-    Shape() = default;
-    explicit Shape(const DLTensor& t) : numbers(t.shape, t.shape + t.ndim) {
-      numbers.insert(numbers.end(), t.strides, t.strides + t.ndim);
-    }
-    bool operator==(const DLTensor& t) const {
-      const size_t n = size_t(t.ndim);
-      return numbers.size() == 2 * n && std::equal(t.shape, t.shape + n, numbers.begin()) &&
-             std::equal(t.strides, t.strides + n, numbers.begin() + int64_t(n));
-    }
+  struct Stream {
+    py::object tensor;  // one of the state's; null for parameter and gradient, which are looked up
+    uint64_t data;
   };
 
+  // What belongs to an entry in the flat lists below ends at its *_end and begins where the entry before ends.
   struct Entry {
     py::object param, state;
-    py::object tensors[kMaxStreams];  // those of the state; parameter and gradient are looked up
-    uint64_t data[kMaxStreams] = {};
-    Shape shape[2];  // of parameter and gradient
-    DLDataType param_dtype{}, grad_dtype{};
     Table* table = nullptr;
-    size_t items_end = 0, hints_end = 0;  // in items_ and hints_, where the last entry's end is the beginning
-    int32_t row = -1;                     // -1: no gradient
-    int32_t n_streams = 0;
+    size_t streams_end = 0, items_end = 0, numbers_end = 0;
+    DLDataType dtype[2] = {};  // of parameter and gradient
+    int32_t row = -1;          // -1: no gradient
     bool local = false;
   };
-  static constexpr size_t kAhead = 4;  // entries
-
-  static py::object plain(const py::object& t, bool local) { return local ? py::object(t.attr("_local_tensor")) : t; }
 
   static void remember(const py::dict& dict, std::vector<py::object>& items) {
     for (auto item : dict) {
       items.push_back(py::reinterpret_borrow<py::object>(item.first));
       items.push_back(py::reinterpret_borrow<py::object>(item.second));
     }
-  }
-
-  void hint(const void* at) { hints_.push_back(static_cast<const char*>(at)); }
-
-  void hint_tensor(const py::object& t) {
-    const auto impl = t.attr("_cdata").cast<uintptr_t>(),
-               storage = t.attr("untyped_storage")().attr("_cdata").cast<uintptr_t>();
-    hint(t.ptr());
-    for (int line = 0; line < 3; ++line) hint(reinterpret_cast<const char*>(impl) + 64 * line);
-    hint(reinterpret_cast<const char*>(storage));
   }
 
   bool same_params(const py::list& groups) const {
@@ -158,44 +132,45 @@ class Watch {
   }
 
   bool same_tensors() {
-    size_t items = 0, hints = 0;
-    for (size_t i = 0; i < entries_.size(); ++i) {
-      for (const size_t end = entries_[std::min(i + kAhead, entries_.size() - 1)].hints_end; hints < end; ++hints)
-        __builtin_prefetch(hints_[hints]);
-      Entry& e = entries_[i];
+    size_t items = 0, streams = 0, numbers = 0;
+    for (Entry& e : entries_) {
       if (e.state && !same_items(e.state.ptr(), items_, items, e.items_end)) return false;
-      items = e.items_end;
       const py::object grad = grad_of(e.param);
       if (!grad || grad.is_none() != (e.row < 0)) return false;
-      if (e.row < 0) continue;
-      if (e.local) {
-        const py::object param = local_of(e.param), part = local_of(grad);
-        if (!param || !part || !same_streams(e, param, part)) return false;
-      } else if (!same_streams(e, e.param, grad)) {
-        return false;
+      if (e.row >= 0) {
+        const py::object param = e.local ? local_of(e.param) : e.param, part = e.local ? local_of(grad) : grad;
+        if (!param || !part || !same_streams(e, streams, numbers, param, part)) return false;
       }
+      items = e.items_end;
+      streams = e.streams_end;
+      numbers = e.numbers_end;
     }
     return true;
   }
 
-  static bool same_streams(Entry& e, const py::object& param, const py::object& grad) {
+  // An entry's numbers are its parameter's sizes and strides, then the gradient's strides: their sizes are the same.
+  bool same_streams(Entry& e, size_t first, size_t numbers, const py::object& param, const py::object& grad) {
+    Stream* const streams = streams_.data() + first;
+    const int64_t* const shape = numbers_.data() + numbers;
+    const size_t n = e.streams_end - first, dims = (e.numbers_end - numbers) / 3;
+    const auto as_before = [&](const DLTensor& t, int which) {
+      return size_t(t.ndim) == dims && std::equal(t.shape, t.shape + dims, shape) &&
+             std::equal(t.strides, t.strides + dims, shape + (1 + which) * dims) && same(t.dtype, e.dtype[which]);
+    };
     DLTensor t;
-    if (!look(param, t) || address(t) != e.data[0] || !(e.shape[0] == t) || !same(t.dtype, e.param_dtype)) return false;
-    for (int32_t k = 2; k < e.n_streams; ++k) {
-      const py::object state = e.local ? local_of(e.tensors[k]) : e.tensors[k];
-      if (!state || !look(state, t) || address(t) != e.data[k]) return false;
+    if (!look(param, t) || address(t) != streams[0].data || !as_before(t, 0)) return false;
+    for (size_t k = 2; k < n; ++k) {
+      const py::object state = e.local ? local_of(streams[k].tensor) : streams[k].tensor;
+      if (!state || !look(state, t) || address(t) != streams[k].data) return false;
     }
-    if (!look(grad, t) || !(e.shape[1] == t) || !same(t.dtype, e.grad_dtype)) return false;
-    if (address(t) != e.data[1]) move_grad(e, address(t));
-    return true;
-  }
-
-  static void move_grad(Entry& e, uint64_t at) {
+    if (!look(grad, t) || !as_before(t, 1)) return false;
+    if (address(t) == streams[1].data) return true;
     Row& row = e.table->rows[size_t(e.row)];
-    row.at[1] = reinterpret_cast<void*>(at);
-    row.aligned = is_aligned(row, e.n_streams);
-    e.data[1] = at;
+    row.at[1] = reinterpret_cast<void*>(address(t));
+    row.aligned = is_aligned(row, int(n));
+    streams[1].data = address(t);
     e.table->dirty = true;
+    return true;
   }
 
   static bool look(const py::object& t, DLTensor& out) {
@@ -223,9 +198,10 @@ class Watch {
   }
 
   std::vector<Entry> entries_;
-  std::vector<py::object> items_;   // keys and values of every entry's state, in the dictionaries' order
-  std::vector<py::object> state_;   // and of the optimizer's
-  std::vector<const char*> hints_;  // lines that an entry's check will touch
+  std::vector<Stream> streams_;
+  std::vector<py::object> items_;  // keys and values of every entry's state, in the dictionaries' order
+  std::vector<py::object> state_;  // and of the optimizer's
+  std::vector<int64_t> numbers_;   // sizes and strides
 };
 
 }  // namespace torsion

@@ -49,7 +49,7 @@ class Flat:
         return self.status[1:2].view(torch.float64).reshape(()).clone()
 
 
-@dataclass
+@dataclass(slots=True)  # a thousand of them are made at once
 class Member:
     """One parameter that takes part in a step, with tensors as the kernels see them: local and dense."""
 

@@ -118,8 +118,8 @@ def write_plot(path: Path, figures: Sequence[Figure], facts: dict[str, Any], pla
     canvas = Canvas(figsize=(10, 0.9 + sum(heights)), dpi=130)
     FigureCanvasAgg(canvas)
     grid = canvas.add_gridspec(
-        len(lists), 1, height_ratios=heights, left=0.36, right=0.97, hspace=0.45,
-        top=1 - 0.6 / canvas.get_figheight(), bottom=0.4 / canvas.get_figheight(),
+        len(lists), 1, height_ratios=heights, left=0.36, right=0.97, hspace=0.3,
+        top=1 - 0.8 / canvas.get_figheight(), bottom=0.4 / canvas.get_figheight(),
     )  # fmt: skip
     reach = [x for f in ratios for x in (f.p20, f.p80, f.limit, 1.0) if x is not None] or [1.0]
     for k, name in enumerate(lists):
