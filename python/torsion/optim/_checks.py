@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -172,13 +172,21 @@ def _of_one_kind(name: str, p: Tensor, what: str, t: Tensor) -> None:
         raise TypeError(f"{name}: the parameter is a {kind_p} and its {what} a {kind_t}; distribute both or neither")
 
 
-def distinct(names: Sequence[str], marks: Sequence[int], problem: str) -> None:
-    """Raise ValueError if two parameters carry one mark (an id, an address): a step would update them twice at once."""
-    seen: dict[int, str] = {}
-    for name, mark in zip(names, marks, strict=True):
-        if mark in seen:
-            raise ValueError(f"{name}: {problem} (the other is {seen[mark]})")
-        seen[mark] = name
+def distinct(marks: Sequence[int], name: Callable[[int], str], problem: str) -> None:
+    """Raise ValueError if two parameters carry one mark (an id, an address): a step would update them twice at once.
+
+    Args:
+        marks: one for each parameter.
+        name: called with a position, only to word the error: names of a thousand parameters are not made in vain.
+        problem: what is wrong, and the remedy.
+    """
+    if len(set(marks)) == len(marks):
+        return
+    first: dict[int, int] = {}
+    for i, mark in enumerate(marks):
+        if mark in first:
+            raise ValueError(f"{name(i)}: {problem} (the other is {name(first[mark])})")
+        first[mark] = i
 
 
 def one_device_type(params: Iterable[Tensor]) -> None:

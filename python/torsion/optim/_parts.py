@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,12 +109,12 @@ class Part:
         if self.backend not in ("cpu", "cuda"):
             return
         members = self.members
-        streams = [[m.param for m in members], [m.grad for m in members]]
+        streams: list[Iterable[Tensor]] = [(m.param for m in members), (m.grad for m in members)]
         streams += [[m.states[k] for m in members] for k in range(len(self.rule.states))]
         self.table = _native.plan.Table()
         self.table.build(
-            pointers=[[t.data_ptr() for t in stream] for stream in streams],
-            numel=[m.param.numel() for m in members],
+            pointers=[array("Q", (t.data_ptr() for t in stream)) for stream in streams],
+            numel=array("q", (m.param.numel() for m in members)),
             kinds=[(_KINDS | _STOCHASTIC if m.stochastic else _KINDS)[m.param.dtype] for m in members],
             scopes=[m.scope for m in members],
             groups=[m.group for m in members],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -76,10 +77,9 @@ class PlannedOptimizer(torch.optim.Optimizer):
         """Check the values and the parameters of group ``g``."""
         self._check_settings(g)
         params = self.param_groups[g]["params"]
-        names = [self._describe(g, i) for i in range(len(params))]
-        for name, p in zip(names, params, strict=True):
-            _checks.parameter(name, p)
-        _checks.distinct(names, [id(p) for p in params], "is given twice; list it once")
+        for i, p in enumerate(params):
+            _checks.parameter(self._describe(g, i), p)
+        _checks.distinct([id(p) for p in params], lambda i: self._describe(g, i), "is given twice; list it once")
         _checks.one_device_type([*self.param_groups[0]["params"], *params])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -224,10 +224,10 @@ class PlannedOptimizer(torch.optim.Optimizer):
             _checks.parameter(name, p)
             _checks.gradient(name, p, p.grad)  # type: ignore[arg-type]
             _checks.state(name, p, self.state.get(p), self._rule.states)
-        filled = [(g, i, _sharding.local(p)) for _, g, i, p in active if _sharding.local(p).numel()]
+        filled = [entry for entry in active if _sharding.local(entry[3]).numel()]
         _checks.distinct(
-            [self._describe(g, i) for g, i, _ in filled],
-            [t.data_ptr() for *_, t in filled],
+            array("Q", (_sharding.local(p).data_ptr() for *_, p in filled)),
+            lambda k: self._describe(*filled[k][1:3]),
             "shares memory; make both one Parameter",
         )
         _checks.one_device_type([p for *_, p in active])

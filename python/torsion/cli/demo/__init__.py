@@ -21,7 +21,7 @@ from torsion.cli.demo.rates import best_rate
 from torsion.cli.demo.registry import ALL, METHODS, Arm, select_arms
 from torsion.cli.demo.tasks import Data, Task, find_task, task_names
 from torsion.cli.demo.training import Plan, Run, train
-from torsion.cli.usage import integer_from, require_extra, resolve_device, writable_directory
+from torsion.cli.usage import integer_from, require_extra, resolve_device, usable_processors, writable_directory
 
 __all__ = ["add_arguments", "run"]
 
@@ -33,13 +33,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = (__doc__ or "").split("\n")[0], (__doc__ or "").split("\n", 1)[1]
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    defaults = ", ".join(f"{find_task(name).steps} {name}" for name in task_names())
+    tasks = [find_task(name) for name in task_names()]
+    steps, threads = (
+        ", ".join(f"{getattr(task, what)} {task.name}" for task in tasks) for what in ("steps", "threads")
+    )
     add("--task", choices=task_names(), default="digits", help="what to train on (default: digits)")
     # Not `choices`: whether a method has a comparison depends on the task.
     known = ",".join((*METHODS, ALL))
     add("--method", default="tam", metavar=f"{{{known}}}", help="what to compare (default: tam)")
-    add("--steps", metavar="N", type=integer_from(1, 10**7, 200), help=f"optimizer steps per run (default: {defaults})")
-    add("--threads", metavar="N", type=integer_from(1, 1024, 2), help="CPU threads (default: torch's own choice)")
+    add("--steps", metavar="N", type=integer_from(1, 10**7, 200), help=f"optimizer steps per run (default: {steps})")
+    add("--threads", metavar="N", type=integer_from(1, 1024, 2), help=f"CPU threads (default: {threads})")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto takes a GPU when there is one")
     add(
         "--seed",
@@ -61,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         backend_of(arm, device)
     rates = {arm.name: best_rate(task.name, arm.name) for arm in arms}
     out = writable_directory("--out", args.out)
-    with reproducible(args.threads, device):
+    with reproducible(args.threads or min(task.threads, usable_processors()), device):
         return _run_all(task, arms, rates, device, args, out)
 
 

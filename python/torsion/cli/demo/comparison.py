@@ -52,7 +52,8 @@ def compare(baseline: Sequence[Run], other: Sequence[Run], metric: Metric) -> st
     if not pairs:
         return f"{names}: no seed was finished by both."
     mean = statistics.fmean(pairs)
-    said = f"{names}: {metric.label} {mean:+.{metric.digits}f} {metric.unit}"
+    unit = "points" if metric.unit == "%" else metric.unit  # a difference of percentages is not a percentage
+    said = f"{names}: {metric.label} {mean:+.{metric.digits}f} {unit}"
     if not math.isfinite(mean):
         return f"{said}, because a run diverged."
     if len(pairs) == 1:

@@ -104,4 +104,5 @@ DIGITS = _DigitsTask(
     steps=400,
     seeds=5,
     warmup=20,
+    threads=1,
 )

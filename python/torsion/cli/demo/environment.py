@@ -22,13 +22,12 @@ __all__ = ["backend_of", "describe", "interruptible", "reproducible"]
 
 
 @contextlib.contextmanager
-def reproducible(threads: int | None, device: torch.device) -> Iterator[None]:
+def reproducible(threads: int, device: torch.device) -> Iterator[None]:
     """Same seed, same numbers, and a thread count, for the duration; everything as it was afterwards."""
     threads_before = torch.get_num_threads()
     deterministic_before = torch.are_deterministic_algorithms_enabled()
     fill_before = deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    if threads is not None:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads)
     # Only where it is needed: on the CPU these models are deterministic anyway, and filling memory would cost time.
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts

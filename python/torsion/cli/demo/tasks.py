@@ -54,6 +54,7 @@ class Task(ABC):
         choose_by: key of the metric by which a rate is chosen; lower is better.
         steps, seeds: defaults of a run that takes about a minute (digits) or a few (text) on two cores.
         warmup: steps over which the rate rises from zero, at most a fifth of the run.
+        threads: CPU threads by default; one, because at these sizes more gain little, and on a
     """
 
     name: str
@@ -64,6 +65,7 @@ class Task(ABC):
     steps: int
     seeds: int
     warmup: int
+    threads: int
 
     @abstractmethod
     def load(self, device: torch.device, tuning_fold: int | None = None) -> Data:

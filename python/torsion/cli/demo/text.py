@@ -157,4 +157,5 @@ TEXT = _TextTask(
     steps=800,
     seeds=1,
     warmup=100,
+    threads=1,
 )
