@@ -53,7 +53,7 @@ def compare(baseline: Sequence[Run], other: Sequence[Run], metric: Metric) -> st
         return f"{names}: no seed was finished by both."
     mean = statistics.fmean(pairs)
     unit = "points" if metric.unit == "%" else metric.unit  # a difference of percentages is not a percentage
-    said = f"{names}: {metric.label} {mean:+.{metric.digits}f} {unit}".rstrip()
+    said = f"{names}: {metric.label} {mean:+.{metric.digits}f} {unit}"
     if not math.isfinite(mean):
         return f"{said}, because a run diverged."
     if len(pairs) == 1:

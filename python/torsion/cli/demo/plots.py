@@ -149,9 +149,8 @@ def _metric(axes: Axes, outcome: Outcome, colours: dict[str, str]) -> None:
         if end:
             ends.append((*end, f"{end[1]:.{metric.digits}f}", colours[arm.name]))
     examples = outcome.facts.get("held-out examples")
-    notes = [metric.unit, "mean over seeds at the right" if len(outcome.settings["seeds"]) > 1 else ""]
-    notes.append(f"one image of {examples} is {100 / examples:.2f}" if examples else "on files never trained on")
-    _note(axes, ", ".join(filter(None, notes)))
+    note = f"{metric.unit}, mean over seeds at the right" if len(outcome.settings["seeds"]) > 1 else f"{metric.unit}"
+    _note(axes, f"{note}; one image of {examples} is {100 / examples:.2f}" if examples else note)
     axes.set_xlim(0, outcome.settings["steps"])
     if seen:
         _zoom(axes, seen, metric.higher_is_better)

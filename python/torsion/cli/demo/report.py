@@ -78,25 +78,22 @@ def print_report(outcome: Outcome, files: Sequence[Path]) -> None:
     if outcome.interrupted:
         console.print("Interrupted: unfinished runs count in the table as far as they came, not in the comparison.")
     console.print(
-        f"{count(len(outcome.runs), 'run')} in {outcome.seconds:.1f} s. Written: {', '.join(str(file) for file in files)}"
+        f"{len(outcome.runs)} runs in {outcome.seconds:.1f} s. Written: {', '.join(str(file) for file in files)}"
     )
 
 
 def _table(outcome: Outcome) -> Table:
     environment, settings = outcome.environment, outcome.settings
     backends = ", ".join(f"{name} on back end {used}" for name, used in environment["back ends"].items())
-    spread = "mean ± standard deviation over seeds; " if len(settings["seeds"]) > 1 else ""
     table = Table(
         title=f"{outcome.task.name}: {outcome.task.summary}\n{settings['steps']} steps, {_seeds(settings['seeds'])}, "
         f"{environment['device']}, {count(environment['threads'], 'thread')}, torch {environment['torch']}, {backends}",
         box=box.SIMPLE_HEAD,
-        caption=f"{spread}milliseconds are medians; training loss and damping are means\n"
+        caption="mean ± standard deviation over seeds; milliseconds are medians; training loss and damping are means\n"
         f"over the last {outcome.window} steps; opt. step is the optimizer alone, train step includes it",
     )
     table.add_column("optimizer")
-    metrics = [
-        f"{metric.label.replace(' ', chr(10), 1)}, {metric.unit}".rstrip(", ") for metric in outcome.task.metrics
-    ]
+    metrics = [f"{metric.label.replace(' ', chr(10), 1)}, {metric.unit}" for metric in outcome.task.metrics]
     for heading in ("best\nrate", *metrics, "training\nloss", "ms/opt.\nstep", "ms/train\nstep", "damping"):
         table.add_column(heading, justify="right")
     for arm in outcome.arms:

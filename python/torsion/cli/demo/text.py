@@ -150,7 +150,7 @@ TEXT = _TextTask(
     summary="Python's own source, byte-level GPT",
     extra_modules=(),
     metrics=(
-        Metric("bits per byte", "validation bits per byte", "", higher_is_better=False, digits=3),
+        Metric("bits per byte", "validation bits per byte", "bits", higher_is_better=False, digits=3),
         Metric("loss", "validation loss", "nats", higher_is_better=False, digits=4),
     ),
     choose_by="loss",
