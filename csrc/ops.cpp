@@ -22,6 +22,12 @@ STABLE_TORCH_LIBRARY(torsion, m) {
       "adatam_planned_(int table, Tensor(c!) shared, Tensor(d!) steps, Tensor(e!) status, Tensor hyper, Tensor[] lrs, "
       "Tensor? grad_scale, Tensor? found_inf, float? max_grad_norm, int phase, Tensor(g!)? sums, "
       "Tensor(h!)? workspace) -> ()");
+  // One pass of a Lookbehind cycle, by its number in rules/cycle.h. `streams` says which address of a row each stream
+  // of the rule takes; `opens` begins an outer step, which later passes do not touch again once it is skipped.
+  m.def(
+      "lookbehind_planned_(int table, int rule, int[] streams, bool opens, Tensor(c!) shared, Tensor(d!) steps, "
+      "Tensor(e!) status, Tensor hyper, Tensor[] lrs, Tensor? found_inf, float? max_grad_norm, int phase, "
+      "Tensor(g!)? sums, Tensor(h!)? workspace) -> ()");
 }
 
 extern "C" PyMODINIT_FUNC PyInit__C(void) {

@@ -6,17 +6,19 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import torsion
 from torsion.cli import main
-from torsion.cli.bench import overhead, suite
+from torsion.cli.bench import contestants, network, overhead, suite
 from torsion.cli.bench.comparisons import COMPARISONS, METHODS, Comparison, Limit
 from torsion.cli.bench.contestants import CONTESTANTS
 from torsion.cli.bench.figures import Figure, Place
 from torsion.cli.bench.gate import GateError, check
 from torsion.cli.bench.lists import LISTS, TensorList
-from torsion.cli.bench.problem import Gradients
-from torsion.cli.bench.timing import Percentiles, interleave, stopwatch
+from torsion.cli.bench.problem import Gradients, attach, initial
+from torsion.cli.bench.timing import Percentiles, Turn, interleave, stopwatch
 
 CPU = torch.device("cpu")
 PLACE = Place(CPU, threads=1, rounds=1)
@@ -29,6 +31,7 @@ def toy(monkeypatch):
     """A list that takes no time, and no figure that needs processes of its own."""
     monkeypatch.setitem(LISTS, "toy", TOY)
     monkeypatch.setattr(overhead, "memory_figures", lambda *_: iter(()))
+    monkeypatch.setattr(network, "network_figures", lambda *_: iter(()))
     monkeypatch.setattr(
         overhead, "import_figure", lambda place: Figure.at(place, "import", "", "s", Limit(0.5, ()), value=0.1)
     )
@@ -80,6 +83,10 @@ def _check_record(record):
     assert record["settings"]["rounds"] == 3
     ratios = [figure for figure in record["figures"] if figure["unit"] == "x" and figure["value"] is not None]
     assert {figure["what"] for figure in ratios} >= {"TAM", "AdaTAMW", "TAM, max_grad_norm", "eager foreach TAM"}
+    cycles = {figure["what"]: (figure["evaluations"], figure["bytes_per_element"]) for figure in ratios}
+    assert cycles["Lookbehind(SGD), k=5"] == (6, 176)
+    assert cycles["published Lookbehind, k=5"] == (10, 604)
+    assert cycles["TAM"] == (None, 28)
     for figure in ratios:
         assert (figure["list"], figure["threads"], figure["dtype"], figure["device"]) == ("toy", 1, "float32", "cpu")
         assert figure["clock"] == "process CPU time"
@@ -177,6 +184,42 @@ def test_a_broken_contestant_stops_the_report(capsys, monkeypatch, tmp_path, toy
     assert not record.exists()
 
 
+def _rho_off(params, lr):
+    sgd = torch.optim.SGD(params, lr, 0.9, weight_decay=5e-4)
+    rho = 1.01 * contestants._rho(params)
+    return contestants._phases(torsion.Lookbehind(sgd, k=5, rho=rho), 5)
+
+
+def _forgetful(params, lr):
+    return lambda: contestants._lookbehind(contestants._cycle_sgd, 5)(params, lr)()
+
+
+def _variant(k=5, **options):
+    return contestants._lookbehind(contestants._cycle_sgd, k, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "broken"),
+    [
+        ("Lookbehind(SGD), k=5", _variant(alpha=0.51)),
+        ("Lookbehind(SGD), k=5", _variant(k=4)),
+        ("Lookbehind(SGD), k=5", _variant(alpha="adaptive")),
+        ("Lookbehind(SGD), k=5", _rho_off),
+        ("Lookbehind(SGD), k=5", _forgetful),  # the base starts anew in each cycle
+        ("Lookbehind(SGD), k=5", CONTESTANTS["one SGD step"].build),
+        ("Lookbehind(SGD), k=5, adaptive", _variant(alpha="adaptive", alpha_scope="global")),
+        ("Lookbehind(SGD), k=5, ASAM", _variant(asam=True, eta=0.0)),
+        ("Lookbehind(SGD), k=5, ASAM", _variant()),
+        ("SAM(SGD)", _variant(k=1, alpha=0.99)),
+        ("published Lookbehind, k=5", CONTESTANTS["published Lookbehind, k=5, adaptive"].build),
+    ],
+)
+def test_the_gate_stops_cycles_that_differ_a_little(monkeypatch, name, broken):
+    _replace(monkeypatch, name, broken)
+    with pytest.raises(GateError, match="toy: tensor"):
+        check([CONTESTANTS[name]], TOY, Gradients(TOY, CPU), CPU)
+
+
 @pytest.mark.parametrize("name", [name for name in CONTESTANTS if name not in SLOW])
 def test_every_contestant_passes_the_gate(name):
     check([CONTESTANTS[name]], TOY, Gradients(TOY, CPU), CPU)
@@ -197,6 +240,127 @@ def test_gradients_are_refreshed_in_place_and_leave_the_cosine_away_from_zero():
     assert not torch.equal(first[0], gradients.live[0])
     gradients.refresh(2)
     assert all(torch.equal(a, b) for a, b in zip(first, gradients.live, strict=True))
+
+
+def test_gradients_change_with_the_place_they_are_evaluated_at():
+    gradients, params = Gradients(TOY, CPU), initial(TOY, CPU)
+    evaluate = gradients.backward(params, gradients.spare, gradients.live)
+    evaluate()
+    here = [p.grad for p in params]
+    with torch.no_grad():
+        torch._foreach_add_(params, 1.0)
+    evaluate()
+    assert all(p.grad is not g for p, g in zip(params, here, strict=True))
+    torch.testing.assert_close([p.grad for p in params], [g + 1.0 for g in here])
+
+
+# Cycles
+
+
+def _cycle(name, tensors):
+    gradients, params = Gradients(tensors, CPU), initial(tensors, CPU)
+    attach(params, gradients.live)
+    return CONTESTANTS[name].build(params, suite.LR), gradients.backward(params, gradients.live)
+
+
+def test_gradients_are_made_off_the_clock_and_counted():
+    now = 0.0
+
+    def spend(seconds):
+        nonlocal now
+        now += seconds
+
+    def cycle():
+        for _ in range(3):
+            yield
+            spend(1.0)
+
+    turn = Turn(cycle, lambda: spend(100.0), lambda: now)
+    for _ in range(2):
+        begin = turn.clock()
+        turn()
+        assert (turn.clock() - begin, turn.evaluations) == (3.0, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "evaluations"),
+    [
+        ("SGD fused", 0),
+        ("one SGD step", 1),
+        ("SAM(SGD)", 2),
+        ("eager SAM", 2),
+        ("Lookbehind(SGD), k=2", 3),
+        ("Lookbehind(AdamW), k=5", 6),
+        ("lean eager Lookbehind, k=5", 10),
+    ],
+)
+def test_a_cycle_evaluates_as_often_as_its_method_says(name, evaluations):
+    turn = Turn(*_cycle(name, TOY))
+    turn()
+    assert turn.evaluations == evaluations
+
+
+class _Traffic(TorchDispatchMode):
+    """Sums the bytes that torch's operations read and write."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        schema, name = func._schema, func._schema.name.split("::")[1]
+        if func.is_view or name.startswith("empty"):
+            return out
+        given = {a.name: v for a, v in zip(schema.arguments, args, strict=False)} | (kwargs or {})
+        unread = name in ("copy_", "_foreach_copy_", "zeros_like")
+        for argument in schema.arguments:
+            # The fused step writes gradients only where it unscales them.
+            written = argument.is_write and argument.name != "grads"
+            reads = 0 if name == "zeros_like" or (unread and written) else 1
+            self.bytes += (reads + written) * _bytes(given.get(argument.name))
+        if not any(argument.is_write for argument in schema.arguments):
+            self.bytes += _bytes(out)
+        return out
+
+
+def _bytes(values):
+    return sum(t.nbytes for t in tree_leaves(values) if isinstance(t, torch.Tensor))
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in CONTESTANTS if n.startswith(("published", "lean", "eager SAM", "one SGD"))]
+)
+def test_eager_cycles_move_the_bytes_they_are_credited_with(name):
+    large = TensorList("large", ((300, 1000),))
+    cycle, evaluate = _cycle(name, large)
+    for _ in cycle():  # momentum begins
+        evaluate()
+    traffic, phases = _Traffic(), cycle()
+    while True:
+        with traffic:
+            if next(phases, "end") == "end":
+                break
+        evaluate()
+    assert round(traffic.bytes / large.numel) == CONTESTANTS[name].bytes_per_element
+
+
+def test_whole_cycles_of_a_network_count_their_gradients():
+    published, ours, gradients = network.network_figures(PLACE)
+    assert (published.evaluations, ours.evaluations) == (10, 6)
+    assert (published.value, ours.against, ours.limit) == (1.0, published.what, 0.65)
+    assert 0 < ours.value < 10  # a ratio, not a claim
+    assert (gradients.value, gradients.limit, gradients.passed) == (6, 6, True)
+
+
+def test_a_network_trained_otherwise_stops_the_report(monkeypatch):
+    def build(params, backward):
+        optimizer = torsion.Lookbehind(network._sgd(params), k=5, alpha=0.505)
+        return lambda: optimizer.step(backward)
+
+    monkeypatch.setattr(network, "_ours", build)
+    with pytest.raises(GateError, match="whole cycle, k=5 on the digits network"):
+        list(network.network_figures(PLACE))
 
 
 # Rounds
@@ -270,6 +434,8 @@ def test_limits_hold_where_they_were_set():
     assert tam.limit("TAM", "tiny", 4, "cpu") is None
     assert tam.limit("TAM", "gpt2", 4, "cpu").value == 1.5
     assert tam.limit("TAM", "gpt2", 1, "cuda") is None
+    sam = next(c for c in COMPARISONS if "SAM(SGD)" in c.contestants)
+    assert [sam.limit("SAM(SGD)", name, 2, "cpu").value for name in ("resnet18", "gpt2")] == [2.5, 2.7]
     gpu = Comparison("tam", (), (), {"TAM": (Limit(0.85, ("gpt2",)),)}, device="cuda")
     assert gpu.limit("TAM", "gpt2", 1, "cuda").value == 0.85
 
@@ -284,8 +450,9 @@ def test_a_verdict_goes_by_value_and_direction(value, limit, passed):
 
 
 @pytest.mark.slow
-def test_memory_is_measured_in_processes_of_their_own():
-    peak, held = overhead.memory_figures(TensorList("toy", ((1000, 300), (1000,))), ["tam"], PLACE)
+@pytest.mark.parametrize("method", ["tam", "lookbehind"])
+def test_memory_is_measured_in_processes_of_their_own(method):
+    peak, held = overhead.memory_figures(TensorList("toy", ((1000, 300), (1000,))), [method], PLACE)
     assert peak.limit == 2**20 + 64 * (19 + 1)
     assert abs(held.value) <= 2**21  # a size, not a claim: twice the resolution of resident memory in a small process
     assert peak.value >= held.value - 2**16

@@ -1,6 +1,8 @@
 """`torsion demo`: what it writes, that a seed fixes every number, that Ctrl-C keeps what there is."""
 
+import contextlib
 import dataclasses
+import io
 import itertools
 import json
 import math
@@ -14,10 +16,12 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 
 from torsion.cli import main
-from torsion.cli.demo import comparison, grid, progress, rates, text
-from torsion.cli.demo.registry import METHODS
-from torsion.cli.demo.tasks import find_task, task_names
+from torsion.cli.demo import comparison, digits, grid, progress, rates, text
+from torsion.cli.demo.arms import Choice
+from torsion.cli.demo.registry import arms_on, select
+from torsion.cli.demo.tasks import UNDER_WEIGHT_NOISE, Metric, find_task, task_names
 from torsion.cli.demo.training import Plan, Run, rate_factor
+from torsion.cli.demo.weight_noise import DRAWS, under_weight_noise
 
 STEPS = 3
 
@@ -33,15 +37,15 @@ def _numbers(record):
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory):
+def tam_on_digits(tmp_path_factory):
     out = tmp_path_factory.mktemp("digits")
     code, record = _demo(out)
     assert code == 0
     return out, record
 
 
-def test_digits_writes_results_and_figure(digits):
-    out, record = digits
+def test_digits_writes_results_and_figure(tam_on_digits):
+    out, record = tam_on_digits
     assert (out / "digits.png").read_bytes().startswith(b"\x89PNG")
     assert record["interrupted"] is False
     assert {"torch", "torsion", "python", "device", "threads", "back ends"} <= record["environment"].keys()
@@ -60,16 +64,16 @@ def test_digits_writes_results_and_figure(digits):
     assert all(run["skipped_steps"] == 0 for run in tam)
 
 
-def test_arms_start_alike_and_see_the_same_data(digits):
-    _, record = digits
+def test_arms_start_alike_and_see_the_same_data(tam_on_digits):
+    _, record = tam_on_digits
     for seed in record["settings"]["seeds"]:
         first = [run["loss"][0] for run in record["runs"] if run["seed"] == seed]
         assert len(first) == 2
         assert first[0] == first[1]
 
 
-def test_same_seed_same_numbers_and_results_on_standard_output(digits, tmp_path, capsys):
-    _, record = digits
+def test_same_seed_same_numbers_and_results_on_standard_output(tam_on_digits, tmp_path, capsys):
+    _, record = tam_on_digits
     code, again = _demo(tmp_path)
     out, err = capsys.readouterr()
     assert code == 0
@@ -81,11 +85,89 @@ def test_same_seed_same_numbers_and_results_on_standard_output(digits, tmp_path,
     assert f"{STEPS}/{STEPS}" not in out
 
 
-def test_another_seed_gives_other_numbers_and_all_means_every_method(digits, tmp_path):
-    _, record = digits
-    _, other = _demo(tmp_path, "--seed", "7", "--method", "all")
+def test_another_seed_gives_other_numbers(tam_on_digits, tmp_path):
+    _, record = tam_on_digits
+    _, other = _demo(tmp_path, "--seed", "7")
     assert other["settings"]["seeds"] == [7, 8, 9, 10, 11]
     assert other["runs"][0]["loss"] != record["runs"][0]["loss"]
+
+
+def _smaller(monkeypatch, seeds):
+    monkeypatch.setattr(digits, "DIGITS", dataclasses.replace(digits.DIGITS, seeds=seeds, evaluations=1))
+    small = dataclasses.replace(digits.WRONG_LABELS, seeds=seeds, evaluations=1, weight_noise=(0.0, 0.3))
+    monkeypatch.setattr(digits, "WRONG_LABELS", small)
+
+
+def test_all_runs_every_method_into_a_directory_of_its_own(tmp_path, monkeypatch):
+    _smaller(monkeypatch, seeds=1)
+    words = ["--steps", "1", "--threads", "1", "--device", "cpu", "--out", str(tmp_path), "--method", "all"]
+    assert main(["demo", *words]) == 0
+    for method, optimizers in (("tam", 2), ("lookbehind", 5)):
+        record = json.loads((tmp_path / method / "results.json").read_text())
+        assert record["settings"]["method"] == method
+        assert len(record["runs"]) == optimizers
+        assert (tmp_path / method / "digits.png").exists()
+
+
+@pytest.fixture(scope="module")
+def lookbehind_on_digits(tmp_path_factory):
+    out = tmp_path_factory.mktemp("lookbehind")
+    with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        _smaller(monkeypatch, seeds=2)
+        code, record = _demo(out, "--method", "lookbehind")
+    assert code == 0
+    return out, record, printed.getvalue()
+
+
+def test_lookbehind_sam_and_sgd_are_compared_over_equal_epochs_and_gradients(lookbehind_on_digits):
+    out, record, printed = lookbehind_on_digits
+    for name in ("digits.png", "digits-weight-noise.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+        assert name in printed.replace("\n", "")
+    first, second = record["comparisons"]
+    assert (first["equal"], first["optimizers"]) == ("epochs", ["SGD", "SAM", "Lookbehind"])
+    assert (second["equal"], second["optimizers"]) == ("gradient evaluations", ["SGD 3x", "SAM 1.5x", "Lookbehind"])
+    assert "equal epochs" in printed
+    assert "equal gradient evaluations" in printed
+    spent = {run["optimizer"]: (run["steps"], run["gradients"]) for run in record["runs"]}
+    assert spent == {"SGD": (3, 3), "SAM": (3, 6), "Lookbehind": (3, 9), "SGD 3x": (9, 9), "SAM 1.5x": (4, 8)}
+    assert len(record["runs"]) == 10  # Lookbehind is in both comparisons and trained once
+    pairs = [(item["of"], item["metric"]) for block in record["comparisons"] for item in block["differences"]]
+    assert len(pairs) == len(set(pairs)) == 2 * 3 * 4
+    assert ("Lookbehind - SAM", "accuracy") in pairs
+    assert ("Lookbehind - SGD 3x", UNDER_WEIGHT_NOISE) in pairs
+    for seed in record["settings"]["seeds"]:
+        assert len({run["loss"][0] for run in record["runs"] if run["seed"] == seed}) == 1
+
+
+def test_weight_noise_is_in_the_record_with_every_draw(lookbehind_on_digits):
+    _, record, _ = lookbehind_on_digits
+    for run in record["runs"]:
+        last, noise = run["evaluations"][-1], run["weight_noise"]
+        assert list(noise) == ["0.0", "0.3"]
+        assert noise["0.0"] == [last["accuracy"]] * DRAWS  # measured after the noise of earlier levels: it left nothing
+        assert last[UNDER_WEIGHT_NOISE] == pytest.approx(sum(noise["0.0"] + noise["0.3"]) / (2 * DRAWS))
+
+
+def test_ctrl_c_in_a_comparison_of_two_blocks(tmp_path, monkeypatch, capsys):
+    _smaller(monkeypatch, seeds=1)
+    advance = progress.Bars.advance
+
+    def interrupted(bars, index, made, loss, rate):
+        advance(bars, index, made, loss, rate)
+        if (index, made) == (1, 10):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(progress.Bars, "advance", interrupted)
+    code, record = _demo(tmp_path, "--method", "lookbehind", "--steps", "15")
+    assert code == 130
+    assert [(run["optimizer"], run["finished"], bool(run["weight_noise"])) for run in record["runs"]] == [
+        ("SGD", True, True),
+        ("SAM", False, False),
+    ]
+    assert [item["verdict"] for item in record["comparisons"][0]["differences"]] == ["not finished"] * 4
+    assert (tmp_path / "digits-weight-noise.png").exists()
+    assert "Interrupted" in capsys.readouterr().out
 
 
 def test_ctrl_c_keeps_what_there_is(tmp_path, monkeypatch, capsys):
@@ -130,6 +212,72 @@ def test_text_trains_a_gpt_on_the_standard_library(tmp_path, monkeypatch):
     assert (tmp_path / "text.png").exists()
 
 
+def test_lookbehind_on_text_says_what_one_seed_is_worth(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(text, "_HELD_OUT_WINDOWS", 16)
+    code, record = _demo(tmp_path, "--task", "text", "--method", "lookbehind", "--steps", "2")
+    assert code == 0
+    spent = {run["optimizer"]: (run["steps"], run["gradients"]) for run in record["runs"]}
+    assert spent == {"AdamW": (2, 2), "Lookbehind(AdamW)": (2, 6), "AdamW 3x": (6, 6)}
+    assert (tmp_path / "text.png").exists()
+    assert not (tmp_path / "text-weight-noise.png").exists()
+    assert "One seed. validation bits per byte: Seeds alone differ by about" in capsys.readouterr().out
+
+
+def test_a_fifth_of_the_training_labels_is_wrong_and_none_of_the_others():
+    plain, wrong = (find_task(name).load(torch.device("cpu")) for name in ("digits", "digits-wrong-labels"))
+
+    def first_epoch(data, seed):
+        batches = list(itertools.islice(data.batches(seed), data.facts["training examples"] // data.facts["batch"]))
+        return tuple(map(torch.cat, zip(*batches, strict=True)))
+
+    images, right = first_epoch(plain, 3)
+    same_images, given = first_epoch(wrong, 3)
+    assert torch.equal(images, same_images)
+    assert (given != right).double().mean().item() == pytest.approx(0.2, abs=2 / len(right))  # two images are dropped
+    assert ((given - right)[given != right] % 10).unique().tolist() == list(range(1, 10))  # every other class occurs
+    assert torch.equal(given, first_epoch(wrong, 3)[1])
+    assert not torch.equal(given != right, first_epoch(wrong, 4)[1] != first_epoch(plain, 4)[1])
+    perfect = torch.nn.Module()  # knows the right answers, so it has learned no wrong one
+    perfect.forward = lambda x: torch.eye(10)[[known[key.numpy().tobytes()] for key in x]]
+    known = {image.numpy().tobytes(): label for image, label in zip(plain._images, plain._labels.tolist(), strict=True)}
+    assert wrong.evaluate(perfect, 3)["accuracy"] == 100
+    assert wrong.evaluate(perfect, 3)["wrong labels learned"] == 0
+
+
+def test_weight_noise_is_relative_to_each_tensor_and_leaves_the_weights_as_they_were():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(300, 300), torch.nn.BatchNorm1d(300))
+    with torch.no_grad():
+        model[0].weight.mul_(7.0)
+    before = [value.clone() for value in model.state_dict().values()]
+    weight = model[0].weight.detach().clone()
+    seen = []
+
+    def measure():
+        seen.append((model[0].weight.detach() - weight) / weight.square().mean().sqrt())
+        return float(len(seen))
+
+    values = under_weight_noise(model, (0.1, 0.2), 5, measure)
+    assert list(values) == [0.1, 0.2]
+    assert sorted(values[0.1] + values[0.2]) == [float(index + 1) for index in range(2 * DRAWS)]
+    for index, moved in enumerate(seen):
+        assert moved.std().item() == pytest.approx((0.1, 0.2)[index % 2], rel=0.02)
+        assert abs(moved.mean().item()) < 0.002
+    torch.testing.assert_close(seen[1], 2 * seen[0], rtol=1e-4, atol=1e-5)  # the same draw at both levels
+    assert not torch.allclose(seen[2], seen[0], atol=0.1)
+    again = list(seen)
+    seen.clear()
+    under_weight_noise(model, (0.1, 0.2), 5, measure)
+    assert all(torch.equal(first, second) for first, second in zip(again, seen, strict=True))
+
+    def broken():
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        under_weight_noise(model, (0.1,), 5, broken)
+    assert all(torch.equal(first, second) for first, second in zip(before, model.state_dict().values(), strict=True))
+
+
 def test_text_files_are_taken_in_an_order_that_depends_on_names_alone(tmp_path):
     for name in ("b.py", "a.py", "package/c.py", "test/left_out.py", "package/notes.txt", "site-packages/other.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -139,17 +287,46 @@ def test_text_files_are_taken_in_an_order_that_depends_on_names_alone(tmp_path):
     assert names == [path.relative_to(tmp_path).as_posix() for path in text.standard_library_files(tmp_path)]
 
 
-@pytest.mark.parametrize("task", task_names())
-def test_every_arm_has_a_recorded_best_rate_inside_its_grid(task):
-    for method in METHODS.values():
-        for arm in method.arms.get(task, ()):
-            entry = rates.load_record()[task][arm.name]
-            assert entry["settings"] == arm.settings, "settings changed: record the grid anew"
-            assert entry["steps"] == find_task(task).steps
-            points = dict(rates.grid_points(task, arm.name))
-            best = rates.best_rate(task, arm.name)
-            assert points[best] == min(points.values())
-            assert min(points) < best < max(points)
+@pytest.mark.parametrize("task", task_names(variants=True))
+def test_every_arm_has_a_recorded_best_point_inside_its_grid(task):
+    metric = find_task(task).chosen_by
+    for arm in arms_on(task):
+        entry = rates.load_record()[task][arm.name]
+        assert entry["settings"] == arm.settings, "settings changed: record the grid anew"
+        assert entry["steps"] == arm.steps(find_task(task).steps)
+        assert entry.get("strength") == (arm.strength.name if arm.strength else None)
+        best = rates.best_choice(task, arm.name)
+        assert rates.choice_of(grid._best(entry["grid"], metric)) == best
+        points = [rates.choice_of(point) for point in entry["grid"]]
+        assert min(point.rate for point in points) < best.rate < max(point.rate for point in points)
+        if arm.strength:
+            assert min(point.strength for point in points) < best.strength < max(point.strength for point in points)
+
+
+def test_the_grid_grows_along_both_settings_until_the_best_is_inside(monkeypatch):
+    monkeypatch.setattr(
+        grid,
+        "_measure",
+        lambda plan, folds: {
+            "rate": plan.choice.rate,
+            "strength": plan.choice.strength,
+            "accuracy": [90 - abs(math.log2(plan.choice.rate / 0.8)) - abs(math.log2(plan.choice.strength / 0.05))],
+        },
+    )
+    arm = next(arm for arm in arms_on("digits-wrong-labels") if arm.name == "SAM")
+    assert (max(arm.rates), min(arm.strength.values)) == (0.4, 0.1)  # the best point lies outside
+    plan = Plan(find_task("digits-wrong-labels"), arm, Choice(0.1), 0, 1, torch.device("cpu"))
+    points = grid._search(plan, [])
+    assert rates.choice_of(grid._best(points, plan.task.chosen_by)) == Choice(0.8, 0.05)
+    assert {point["rate"] for point in points} == {0.05, 0.1, 0.2, 0.4, 0.8, 1.6}
+    assert {point["strength"] for point in points} == {0.025, 0.05, 0.1, 0.2, 0.4}
+    assert len(points) == 6 * 5
+
+
+def test_a_diverged_point_cannot_win():
+    accuracy = Metric("accuracy", "accuracy", "%", higher_is_better=True, digits=1)
+    points = [{"rate": 1.0, "accuracy": [99.0, None]}, {"rate": 2.0, "accuracy": [50.0, 51.0]}]
+    assert grid._best(points, accuracy)["rate"] == 2.0
 
 
 def test_the_grid_is_recorded_per_arm_and_keeps_the_others(tmp_path, capsys):
@@ -175,8 +352,8 @@ def test_schedule_warms_up_and_ends_at_zero():
 
 
 def _runs(name, values):
-    arm = next(arm for arm in METHODS["tam"].arms["digits"] if arm.name == name)
-    plan = Plan(find_task("digits"), arm, 0.1, 0, 1, torch.device("cpu"))
+    arm = next(arm for arm in select("tam", "digits")["tam"].arms if arm.name == name)
+    plan = Plan(find_task("digits"), arm, Choice(0.1), 0, 1, torch.device("cpu"))
     return [
         Run(dataclasses.replace(plan, seed=seed), loss=[1.0], evaluations=[{"step": 1, "accuracy": value}])
         for seed, value in enumerate(values)
@@ -195,7 +372,9 @@ def _runs(name, values):
 )
 def test_the_verdict_says_when_a_difference_is_noise(tam, verdict):
     metric = find_task("digits").metrics[0]
-    assert verdict in comparison.compare(_runs("SGD", [99.0, 98.95, 99.05]), _runs("TAM", tam), metric)
+    difference = comparison.Difference(_runs("SGD", [99.0, 98.95, 99.05]), _runs("TAM", tam), metric)
+    assert verdict in difference.sentence()
+    assert difference.verdict in difference.sentence()
 
 
 def test_a_diverged_run_is_shown_and_breaks_nothing():

@@ -113,7 +113,9 @@ def test_schemas_of_a_build_without_c_are_the_compiled_ones(name):
 
 
 @needs_c
-@pytest.mark.parametrize("name", [n for rule in RULES.values() for n in (rule.op, f"{rule.name}_planned_")])
+@pytest.mark.parametrize(
+    "name", [*(n for rule in RULES.values() for n in (rule.op, f"{rule.name}_planned_")), "lookbehind_planned_"]
+)
 def test_schemas_mark_what_is_written(name):
     """Every tensor an op may write carries its own mark; gradients, numbers and rates carry none."""
     schema = getattr(torch.ops.torsion, name).default._schema

@@ -1,21 +1,25 @@
-"""The README's example runs as printed, and what it promises exists."""
+"""The README's examples run as printed, and what it promises exists."""
 
 import re
 from pathlib import Path
 
+import pytest
+
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
-def test_example_runs(capsys):
-    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(blocks) == 1
-    assert len([line for line in blocks[0].splitlines() if line.strip()]) <= 11
-    exec(compile(blocks[0], "README.md", "exec"), {})
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+@pytest.mark.parametrize(("block", "lines"), list(zip(BLOCKS, (11, 16), strict=True)), ids=["tam", "lookbehind"])
+def test_example_runs(block, lines, capsys):
+    assert len([line for line in block.splitlines() if line.strip()]) <= lines
+    exec(compile(block, "README.md", "exec"), {})
     assert "tensor(" in capsys.readouterr().out
 
 
 def test_named_files_exist():
-    for link in re.findall(r"\]\(([A-Z]+\.md)\)", README):
+    for link in re.findall(r"\]\(([\w/.-]+\.(?:md|py))\)", README):
         assert (Path(__file__).parents[1] / link).exists(), link
 
 

@@ -366,7 +366,7 @@ def test_addresses_beyond_two_to_the_31():
     step, n = step_of(TAM, [(1, F32)]), 2**33 + 5
     huge = torch.empty(n, device="meta")
     step.params, step.grads, step.states = [huge], [huge], [[huge]]
-    plan = table.Table(tam.RULE, step, [], [0.0])
+    plan = table.Table(tam.RULE, step, [])
     chunks = 2**33 // table.CHUNK.value + 1
     assert (plan.n_pieces, plan.launches[0].pieces[-1].tolist()) == (chunks, [0, chunks - 1, chunks - 1, 0])
     out = torch.zeros(3, dtype=torch.int64, device=DEVICE)

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import engine
+from .adam import power, quotient
 from .engine import Rule, advance, decide, open_piece, rates
 from .philox import noise_of_blocks, noise_of_elements
 from .storage import nearest, stochastic
@@ -48,14 +49,25 @@ EPS_DAMPING = tl.constexpr(10)
 BIAS_CORRECTION = tl.constexpr(11)
 HYPER = tl.constexpr(12)
 COEFFICIENTS = tl.constexpr(10)
-NEVER_CLONES = -1
 
 
 @triton.jit
-def _power(base, exponent):
-    """``base`` (float64, not negative) to a power of at least 1; exact for 1, where bias correction is largest."""
-    power = tl.exp(exponent.to(tl.float64) * tl.log(tl.where(base > 0, base, 1.0)))
-    return tl.where(exponent == 1, base, tl.where(base > 0, power, 0.0))
+def set_coefficients(out, hyper, k, taken, damping, clip):
+    """Of a tile of tensors: ``taken`` steps before this one, ``damping`` (1 + s^) / 2 as it is stored."""
+    lr, coupled, shrink = rates(hyper, k)
+    damping = tl.load(hyper + EPS_DAMPING, mask=k, other=0) + damping.to(tl.float64)
+    beta2 = tl.load(hyper + BETA2, mask=k, other=0)
+    corrects = tl.load(hyper + BIAS_CORRECTION, mask=k, other=0) != 0
+    tl.store(out, tl.load(hyper + BETA1, mask=k, other=0), mask=k)
+    tl.store(out + 1, damping, mask=k)
+    tl.store(out + 2, clip + tl.zeros_like(lr), mask=k)
+    tl.store(out + 3, coupled, mask=k)
+    tl.store(out + 4, beta2, mask=k)
+    tl.store(out + 5, 1 - beta2, mask=k)
+    tl.store(out + 6, tl.where(corrects, 1 / tl.sqrt(1 - power(beta2, taken + 1)), 1.0), mask=k)
+    tl.store(out + 7, tl.load(hyper + EPS, mask=k, other=0), mask=k)
+    tl.store(out + 8, lr, mask=k)
+    tl.store(out + 9, shrink, mask=k)
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_scopes", "n_groups"])
@@ -63,10 +75,10 @@ def finalize_kernel(
     sums, rows, scope_group, numbers, shared, steps, status, found_inf, coefficients, n_rows, n_scopes, n_groups,
     H: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    skip, clip = decide(sums + n_scopes.to(tl.int64) * 3, numbers + n_groups * H, found_inf, status)
+    skip, clip = decide(sums + n_scopes.to(tl.int64) * 3, numbers + n_groups * H, found_inf, status, 3, 1, True)
     if skip:
         return
-    advance(sums, scope_group, numbers, shared, n_scopes, H, DECAY, TILE)
+    advance(sums, scope_group, numbers, shared, n_scopes, 3, H, DECAY, TILE)
     tl.debug_barrier()  # coefficients come from `shared` as it is stored, so that a resumed run gives the same
     for at in range(0, n_rows, TILE):
         row = (at + tl.arange(0, TILE)).to(tl.int64)
@@ -75,28 +87,13 @@ def finalize_kernel(
         hyper = numbers + tl.load(record + ROW_GROUP, mask=k, other=0) * H
         step = steps + tl.load(record + ROW_SLOT, mask=k, other=0)
         damping = tl.load(shared + tl.load(record + ROW_SCOPE, mask=k, other=0) * 3 + 2, mask=k, other=0)
-        now = tl.load(step, mask=k, other=0) + 1
-        tl.store(step, now, mask=k)
-        lr, coupled, shrink = rates(hyper, k)
-        damping = tl.load(hyper + EPS_DAMPING, mask=k, other=0) + damping.to(tl.float64)
-        beta2 = tl.load(hyper + BETA2, mask=k, other=0)
-        corrects = tl.load(hyper + BIAS_CORRECTION, mask=k, other=0) != 0
-        out = coefficients + row * COEFFICIENTS
-        tl.store(out, tl.load(hyper + BETA1, mask=k, other=0), mask=k)
-        tl.store(out + 1, damping, mask=k)
-        tl.store(out + 2, tl.zeros([TILE], tl.float64) + clip, mask=k)
-        tl.store(out + 3, coupled, mask=k)
-        tl.store(out + 4, beta2, mask=k)
-        tl.store(out + 5, 1 - beta2, mask=k)
-        tl.store(out + 6, tl.where(corrects, 1 / tl.sqrt(1 - _power(beta2, now)), 1.0), mask=k)
-        tl.store(out + 7, tl.load(hyper + EPS, mask=k, other=0), mask=k)
-        tl.store(out + 8, lr, mask=k)
-        tl.store(out + 9, shrink, mask=k)
+        taken = tl.load(step, mask=k, other=0)
+        tl.store(step, taken + 1, mask=k)
+        set_coefficients(coefficients + row * COEFFICIENTS, hyper, k, taken, damping, clip)
 
 
 @triton.jit
-def _coefficients(coefficients, row, MATHS: tl.constexpr):
-    c = coefficients + row * COEFFICIENTS
+def read_coefficients(c, MATHS: tl.constexpr):
     return (
         tl.load(c).to(MATHS), tl.load(c + 1).to(MATHS), tl.load(c + 2).to(MATHS), tl.load(c + 3).to(MATHS),
         tl.load(c + 4).to(MATHS), tl.load(c + 5).to(MATHS), tl.load(c + 6).to(MATHS), tl.load(c + 7).to(MATHS),
@@ -105,18 +102,13 @@ def _coefficients(coefficients, row, MATHS: tl.constexpr):
 
 
 @triton.jit
-def _update(param, grad, m, v, pre, c, MATHS: tl.constexpr):
+def descend(theta, grad, m, v, c, MATHS: tl.constexpr):
+    """The equations: new parameter and moments, all in the type of the maths."""
     beta1, damping, clip, coupled, beta2, one_minus_beta2, rsqrt_correction, eps, lr, shrink = c
-    theta = param.to(MATHS)
-    g = clip * (grad.to(MATHS) * pre)
+    g = clip * grad
     m = beta1 * m + damping * (g + coupled * theta)
     v = beta2 * v + one_minus_beta2 * g * g
-    # Plain sqrt and / are approximate in float32.
-    if MATHS == tl.float64:
-        quotient = m / (tl.sqrt(v) * rsqrt_correction + eps)
-    else:
-        quotient = tl.div_rn(m, tl.sqrt_rn(v) * rsqrt_correction + eps)
-    return shrink * theta - lr * quotient, m, v
+    return shrink * theta - lr * quotient(m, v, rsqrt_correction, eps, MATHS), m, v
 
 
 @triton.jit
@@ -128,7 +120,7 @@ def update_kernel(
         return
     row, record, hyper, begin, whole, end, pre = open_piece(rows, pieces, numbers, grad_scale, H, BLOCK)
     pre = pre.to(MATHS)
-    c = _coefficients(coefficients, row, MATHS)
+    c = read_coefficients(coefficients + row * COEFFICIENTS, MATHS)
     if STOCHASTIC:
         slot = tl.load(record + ROW_SLOT)
         step = tl.load(steps + slot).to(tl.uint32)
@@ -141,9 +133,8 @@ def update_kernel(
     squares = tl.multiple_of(tl.load(record + SECOND_STATE).to(tl.pointer_type(MATHS)), 16) + begin
     for at in range(0, whole, BLOCK):
         i = at + lane
-        theta, m, v = _update(
-            tl.load(params + i), tl.load(grads + i), tl.load(moments + i), tl.load(squares + i), pre, c, MATHS
-        )
+        grad = tl.load(grads + i).to(MATHS) * pre
+        theta, m, v = descend(tl.load(params + i).to(MATHS), grad, tl.load(moments + i), tl.load(squares + i), c, MATHS)
         tl.store(moments + i, m)
         tl.store(squares + i, v)
         if STOCHASTIC:
@@ -160,9 +151,10 @@ def update_kernel(
     for at in range(whole, end, BLOCK):
         i = at + lane
         k = i < end
-        theta, m, v = _update(
-            tl.load(params + i, mask=k), tl.load(grads + i, mask=k),
-            tl.load(moments + i, mask=k), tl.load(squares + i, mask=k), pre, c, MATHS,
+        grad = tl.load(grads + i, mask=k).to(MATHS) * pre
+        theta, m, v = descend(
+            tl.load(params + i, mask=k).to(MATHS), grad,
+            tl.load(moments + i, mask=k), tl.load(squares + i, mask=k), c, MATHS,
         )  # fmt: skip
         tl.store(moments + i, m, mask=k)
         tl.store(squares + i, v, mask=k)
@@ -175,7 +167,17 @@ def update_kernel(
             tl.store(params + i, nearest(theta, WORD).to(WORD, bitcast=True), mask=k)
 
 
-RULE = Rule("adatam", 2, HYPER.value, NEVER_CLONES, DECAY.value, COEFFICIENTS.value, finalize_kernel, update_kernel)
+RULE = Rule(
+    name="adatam",
+    family="adatam",
+    states=2,
+    hyper=HYPER.value,
+    shared=3,
+    coefficients=COEFFICIENTS.value,
+    sums=3,
+    finalize=finalize_kernel,
+    update=update_kernel,
+)
 
 
 def reduce(step: Step) -> Tensor:

@@ -2,18 +2,20 @@
 
 As in ``csrc/engine/plan.h``, a chunk is 16384 elements on every machine, because the sums are per chunk first. A table
 serves every step over the same tensors: its structure is built once, the addresses are sent again when one of them
-changes (gradients move), the hyper-parameters when one of their values does. Per row 128 bytes, per chunk 48.
+changes (gradients move), the hyper-parameters when one of their values does. The passes of a Lookbehind cycle share a
+table; numbers and results of each are its own. Per row 128 bytes, per chunk 16, and 8 per sum and chunk of each rule.
 
-    rows       int64 [R, 16]    one tensor: addresses, elements, key, weight, slot, scope, group, vector; scope by scope
+    rows       int64 [R, 16]    one tensor: addresses, elements, key, weight, slot, scope, group, flags; scope by scope
     pieces     int32 [P, 4]     one chunk: row, number in the row, place in ``partial``; kind by kind
-    partial    float64 [4, P]   a chunk's three sums and whether they count in its scope's cosine; scope by scope
-    numbers    float64 [G H + 1]    hyper-parameters, then max_grad_norm
+    partial    float64 [N + 1, P]    a chunk's sums and whether they count in its scope; scope by scope
+    numbers    float64 [G H + 1]     hyper-parameters, then max_grad_norm
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -21,25 +23,25 @@ import triton.language as tl
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torsion.ops._frame import Step
     from torsion.triton_kernels.engine import Rule
 
 CHUNK = tl.constexpr(16384)
 
-# Columns of `rows`. Streams come first: parameter, gradient, then the rule's states.
+# Columns of `rows`. Addresses come first: parameter, gradient, the rule's states, then buffers of a cycle in any order.
 PARAM = tl.constexpr(0)
 GRAD = tl.constexpr(1)
 STATE = tl.constexpr(2)
 SECOND_STATE = tl.constexpr(3)
-ROW_N = tl.constexpr(6)
-ROW_KEY = tl.constexpr(7)
-ROW_WEIGHT = tl.constexpr(8)
-ROW_SLOT = tl.constexpr(9)
-ROW_SCOPE = tl.constexpr(10)
-ROW_GROUP = tl.constexpr(11)
-ROW_VECTOR = tl.constexpr(12)  # 1: 128-bit accesses are possible, and the first element begins a random block
+BUFFERS = (4, 5, 6, 7)
+ROW_N = tl.constexpr(8)
+ROW_KEY = tl.constexpr(9)
+ROW_WEIGHT = tl.constexpr(10)
+ROW_SLOT = tl.constexpr(11)
+ROW_SCOPE = tl.constexpr(12)
+ROW_GROUP = tl.constexpr(13)
+ROW_VECTOR = tl.constexpr(14)  # 1: 128-bit accesses are possible, and the first element begins a random block
+ROW_SCALED = tl.constexpr(15)  # 1: ASAM scales the tensor
 ROW_WIDTH = tl.constexpr(16)
 
 # Columns of `hyper` that every rule has, as in torsion.ops._frame.COMMON_HYPER.
@@ -82,6 +84,18 @@ class Launch:
     count: int
 
 
+class Stream(NamedTuple):
+    """A list of tensors of a step; ``column``: where their addresses stand in a row, None: in any of BUFFERS."""
+
+    name: str
+    column: int | None
+    tensors: Sequence[Tensor]
+
+
+Pointers = dict[int, list[int]]
+"""Column of ``rows`` -> address of each tensor, in the order of the lists."""
+
+
 def _send(host: Tensor, device: torch.device, keep: list[Tensor]) -> Tensor:
     """``host`` on ``device`` without waiting. Under graph capture the copy is replayed, so its source must stay."""
     if device.type != "cuda":
@@ -111,81 +125,59 @@ def _is_dense(t: Tensor) -> bool:
     return True
 
 
-def _refuse(rule: Rule, message: str) -> None:
+def refuse(rule: Rule, message: str) -> None:
     raise RuntimeError(f"{rule.name}: {message}")
 
 
 class Table:
-    """One list of tensors on its device, with the workspace of its steps."""
+    """One list of tensors on its device, cut into chunks."""
 
-    def __init__(self, rule: Rule, step: Step, structure: list[object], stochastic: Sequence[float]) -> None:
-        self.rule = rule
+    def __init__(self, rule: Rule, step: Step, structure: list[object]) -> None:
+        self.name = rule.name
         self.structure = structure
         self.device = step.shared.device
         self.captured = False
         self.keep: list[Tensor] = []
-        self.pointers: list[list[int]] | None = None
-        self.wanted: list[float | None] | None = None
+        self.pointers: Pointers = {}
+        self.spaces: dict[str, Workspace] = {}
         self.n_rows = len(step.params)
-        self.n_scopes = step.shared.numel() // 3
-        self.n_groups = step.hyper.numel() // rule.hyper
-        self._check_structure(step)
+        self.n_scopes = step.shared.shape[0]
+        self.n_groups = step.hyper.shape[0]
+        self._check_structure(rule, step)
         # Scope by scope, in the given order inside a scope: the order of the sums.
         self.order = sorted(range(self.n_rows), key=lambda i: step.scopes[i])
         self.kinds = [Kind(_WORDS[p.dtype], False) for p in step.params]
+        stochastic = step.hyper[:, STOCHASTIC.value].tolist()
         for i, (kind, group) in enumerate(zip(self.kinds, step.groups, strict=True)):
             if kind.word in _HALVES and stochastic[group] != 0:
                 self.kinds[i] = kind._replace(stochastic=True)
         self._lay_rows(step)
-        self._lay_pieces(step)
-        device, empty = self.device, torch.empty
-        self.partial = empty(4 * self.n_pieces, dtype=torch.float64, device=device)
-        self.sums = empty(self.n_scopes + 1, 3, dtype=torch.float64, device=device)
-        self.coefficients = empty(self.n_rows, rule.coefficients, dtype=torch.float64, device=device)
-        self.numbers = empty(step.hyper.numel() + 1, dtype=torch.float64, device=device)
-        self.one = torch.ones(1, device=device)
-        self.zero = torch.zeros(1, device=device)
+        self._lay_pieces()
+        self.one = torch.ones(1, device=self.device)
+        self.zero = torch.zeros(1, device=self.device)
 
-    def _check_structure(self, step: Step) -> None:
-        rule, n = self.rule, self.n_rows
+    def _check_structure(self, rule: Rule, step: Step) -> None:
+        n = self.n_rows
         expected = {"steps": (torch.float32,), "status": (torch.int64,), "shared": (torch.float32, torch.float64)}
         for name, dtypes in expected.items():
             t = getattr(step, name)
             if t.dtype not in dtypes or not t.is_contiguous() or t.device != self.device:
-                _refuse(rule, f"{name} must be contiguous {dtypes} on {self.device}, is {t.dtype} on {t.device}")
+                refuse(rule, f"{name} must be contiguous {dtypes} on {self.device}, is {t.dtype} on {t.device}")
         if step.status.numel() < 4:
-            _refuse(rule, f"status must have 4 elements, has {step.status.numel()}")
-        if step.hyper.dtype != torch.float64 or step.hyper.device.type != "cpu" or step.hyper.shape[-1] != rule.hyper:
-            _refuse(
-                rule, f"hyper must be a float64 CPU tensor of {rule.hyper} columns; rates on the device go into lrs"
-            )
-        lists = [step.grads, *step.states, step.scopes, step.groups, step.slots]
-        lists += [x for x in (step.weights, step.keys) if len(x)]
-        if len(step.states) != rule.states:
-            _refuse(rule, f"takes {rule.states} lists of state, has {len(step.states)}")
+            refuse(rule, f"status must have 4 elements, has {step.status.numel()}")
+        lists = [step.scopes, step.groups, step.slots, *(x for x in (step.weights, step.keys, _scaled(step)) if len(x))]
         if any(len(x) != n for x in lists):
-            _refuse(rule, f"lists differ in length: {n} params, then {[len(x) for x in lists]}")
+            refuse(rule, f"lists differ in length: {n} params, then {[len(x) for x in lists]}")
         for i, p in enumerate(step.params):
             if p.dtype not in _WORDS:
-                _refuse(rule, f"params[{i}] must be float32, float64, bfloat16 or float16, is {p.dtype}")
+                refuse(rule, f"params[{i}] must be float32, float64, bfloat16 or float16, is {p.dtype}")
             if not _is_dense(p):
-                _refuse(rule, f"params[{i}] has holes or overlaps in memory; pass a contiguous copy")
+                refuse(rule, f"params[{i}] has holes or overlaps in memory; pass a contiguous copy")
         limits = {"scopes": self.n_scopes, "groups": self.n_groups, "slots": step.steps.numel()}
         for name, limit in limits.items():
             for i, x in enumerate(getattr(step, name)):
                 if not 0 <= x < limit:
-                    _refuse(rule, f"{name}[{i}] = {x} is outside 0 ... {limit - 1}")
-
-    def _check_stream(self, step: Step, k: int, stream: Sequence[Tensor]) -> None:
-        """Stream k is laid out as the parameters."""
-        for i, (t, p) in enumerate(zip(stream, step.params, strict=True)):
-            dtype = p.dtype if k < STATE.value or p.dtype == torch.float64 else torch.float32
-            if t.dtype != dtype:
-                _refuse(self.rule, f"list {k}, tensor {i} must be {dtype}, is {t.dtype}")
-            if t.device != self.device:
-                _refuse(self.rule, f"list {k}, tensor {i} is on {t.device}, shared on {self.device}")
-            if not _same_layout(t, p):
-                _refuse(self.rule, f"list {k}, tensor {i} differs from its parameter in sizes or strides")
+                    refuse(rule, f"{name}[{i}] = {x} is outside 0 ... {limit - 1}")
 
     def _lay_rows(self, step: Step) -> None:
         """The columns that do not depend on addresses."""
@@ -199,6 +191,7 @@ class Table:
             ROW_SLOT: step.slots,
             ROW_SCOPE: step.scopes,
             ROW_GROUP: step.groups,
+            ROW_SCALED: [int(x) for x in _scaled(step)] or [0] * self.n_rows,
         }
         for column, values in columns.items():
             rows[:, column.value] = torch.tensor([values[i] for i in self.order], dtype=torch.int64)
@@ -209,7 +202,7 @@ class Table:
             dtype=torch.bool,
         )
 
-    def _lay_pieces(self, step: Step) -> None:
+    def _lay_pieces(self) -> None:
         n = self.host_rows[:, ROW_N.value]
         counts = (n + (CHUNK.value - 1)) // CHUNK.value
         first = counts.cumsum(0) - counts
@@ -238,40 +231,97 @@ class Table:
             torch.where(first_row[:-1] < first_row[1:], groups[first_row[:-1]], -1), self.device, self.keep
         )
 
-    def point(self, step: Step, pointers: list[list[int]]) -> None:
-        """Sends the addresses of this step's tensors; checks the lists in which one has moved before it changes any."""
-        streams = (step.params, step.grads, *step.states)
-        moved = [k for k in range(len(streams)) if self.pointers is None or pointers[k] != self.pointers[k]]
-        for k in moved:
-            self._check_stream(step, k, streams[k])
+    # Addresses
+
+    def places(self, streams: Sequence[Stream]) -> tuple[dict[str, int], Pointers]:
+        """The column of each stream, and the columns whose addresses are not those of the step before."""
+        pointers = [list(map(Tensor.data_ptr, s.tensors)) for s in streams]
+        # A parameter in half precision is no place for anything else: it has another type.
+        anywhere = BUFFERS if any(kind.word in _HALVES for kind in self.kinds) else (PARAM.value, *BUFFERS)
+        columns = {s.name: s.column for s in streams if s.column is not None}
+        moved: Pointers = {}
+        for stream, own in zip(streams, pointers, strict=True):
+            if stream.column is not None and self.pointers.get(stream.column) != own:
+                moved[stream.column] = own
+        now = self.pointers | moved
+        lost = [s for s in zip(streams, pointers, strict=True) if s[0].column is None]
+        for stream, own in lost:
+            at = next((c for c in anywhere if now.get(c) == own), None)
+            if at is not None:
+                columns[stream.name] = at
+        for stream, own in lost:
+            if stream.name not in columns:
+                known = next((c for c in moved if c in BUFFERS and moved[c] == own), None)
+                free = [c for c in BUFFERS if c not in columns.values()]
+                at = min(free, key=lambda c: c in self.pointers) if known is None else known
+                columns[stream.name], moved[at] = at, own
+        return columns, moved
+
+    def point(
+        self, rule: Rule, step: Step, streams: Sequence[Stream], columns: dict[str, int], moved: Pointers
+    ) -> None:
+        """Sends new addresses; checks the lists in which one has moved before it changes any."""
+        for stream in streams:
+            if columns[stream.name] in moved:
+                self._check_stream(rule, step, stream)
         rows = self.host_rows
-        for k in moved:
-            rows[:, k] = torch.tensor([pointers[k][i] for i in self.order], dtype=torch.int64)
-        aligned = ((rows[:, : len(pointers)] & 15) == 0).all(1)
+        for column, own in moved.items():
+            rows[:, column] = torch.tensor([own[i] for i in self.order], dtype=torch.int64)
+        aligned = ((rows[:, : ROW_N.value] & 15) == 0).all(1)
         rows[:, ROW_VECTOR.value] = (aligned & self.vector_keys).to(torch.int64)
         self.rows = _send(rows, self.device, self.keep)
-        self.pointers = pointers
+        self.pointers |= moved
 
-    def set_numbers(self, step: Step, values: list[float]) -> None:
+    def _check_stream(self, rule: Rule, step: Step, stream: Stream) -> None:
+        """The tensors are laid out as the parameters."""
+        of_word = stream.column in (PARAM.value, GRAD.value)
+        for i, (t, p) in enumerate(zip(stream.tensors, step.params, strict=True)):
+            dtype = p.dtype if of_word or p.dtype == torch.float64 else torch.float32
+            if t.dtype != dtype:
+                refuse(rule, f"{stream.name}, tensor {i} must be {dtype}, is {t.dtype}")
+            if t.device != self.device:
+                refuse(rule, f"{stream.name}, tensor {i} is on {t.device}, shared on {self.device}")
+            if not _same_layout(t, p):
+                refuse(rule, f"{stream.name}, tensor {i} differs from its parameter in sizes or strides")
+
+
+class Workspace:
+    """What a table holds for one rule: its numbers, sums and coefficients."""
+
+    def __init__(self, rule: Rule, table: Table) -> None:
+        self.rule, self.table = rule, table
+        self.wanted: list[float | None] | None = None
+        self.rates: list[tuple[int, Tensor]] = []
+
+        def empty(*sizes: int) -> Tensor:
+            return torch.empty(sizes, dtype=torch.float64, device=table.device)
+
+        self.partial = empty(rule.sums + 1, table.n_pieces)
+        self.sums = empty(table.n_scopes + 1, rule.sums)
+        self.coefficients = empty(table.n_rows, rule.coefficients)
+        self.numbers = empty(table.n_groups * rule.hyper + 1)
+
+    def set_numbers(self, step: Step) -> None:
         """Sends the hyper-parameters if one of them changed; take_rates adds those that the device holds."""
-        width = self.rule.hyper
-        open_rates = [at for at in range(LR.value, len(values), width) if values[at] != values[at]]
+        values: list[float] = step.hyper.flatten().tolist()  # on the CPU: no wait
+        rule, device = self.rule, self.table.device
+        open_rates = [at for at in range(LR.value, len(values), rule.hyper) if values[at] != values[at]]
         if len(open_rates) > len(step.lrs):
-            _refuse(self.rule, f"hyper asks for {len(open_rates)} learning rates, lrs holds {len(step.lrs)}")
+            refuse(rule, f"hyper asks for {len(open_rates)} learning rates, lrs holds {len(step.lrs)}")
         wanted: list[float | None] = [*values, math.inf if step.max_grad_norm is None else step.max_grad_norm]
         on_host: list[tuple[int, Tensor]] = []
-        self.rates: list[tuple[int, Tensor]] = []
+        self.rates = []
         for at, rate in zip(open_rates, step.lrs, strict=False):
             if rate.numel() != 1 or not rate.is_floating_point():
-                _refuse(self.rule, f"a learning rate must be one float, is {rate.dtype} {list(rate.shape)}")
+                refuse(rule, f"a learning rate must be one float, is {rate.dtype} {list(rate.shape)}")
             wanted[at] = None  # a NaN would never equal that of the step before
-            (self.rates if rate.device == self.device else on_host).append((at, rate.detach().reshape(())))
+            (self.rates if rate.device == device else on_host).append((at, rate.detach().reshape(())))
         if wanted == self.wanted and not on_host:
             return
         host = torch.tensor([0.0 if x is None else x for x in wanted], dtype=torch.float64)
         for at, rate in on_host:
             host[at].copy_(rate)
-        self.numbers.copy_(_send(host, self.device, self.keep))
+        self.numbers.copy_(_send(host, device, self.table.keep))
         self.wanted = wanted
 
     def take_rates(self) -> None:
@@ -280,36 +330,65 @@ class Table:
             self.numbers[at].copy_(rate)
 
 
+@dataclass
+class Prepared:
+    """A step ready to be launched: ``columns`` says where in a row the addresses of each stream are."""
+
+    table: Table
+    space: Workspace
+    columns: dict[str, int] = field(default_factory=dict)
+
+
 _MOST_TABLES = 64
 _tables: dict[tuple[object, ...], Table] = {}
 _captured: list[Table] = []
 """Tables that a CUDA graph reads: they stay as they are for as long as the process lives."""
 
 
-def table_of(rule: Rule, step: Step) -> Table:
-    """The table of this step, from the cache where nothing but addresses or numbers has changed."""
-    params, device = step.params, step.shared.device
-    pointers = [list(map(Tensor.data_ptr, stream)) for stream in (params, step.grads, *step.states)]
-    values: list[float] = step.hyper.flatten().tolist()  # on the CPU: no wait
-    stochastic = values[STOCHASTIC.value :: rule.hyper]
+def prepare(rule: Rule, step: Step, streams: Sequence[Stream]) -> Prepared:
+    """The table of this step, from the cache where nothing but addresses or numbers has changed.
+
+    ``streams``: parameters first, and no other list of tensors is looked at.
+    """
+    n, hyper, device = len(step.params), step.hyper, step.shared.device
+    if hyper.dtype != torch.float64 or hyper.device.type != "cpu" or hyper.shape[-1] != rule.hyper:
+        refuse(rule, f"hyper must be a float64 CPU tensor of {rule.hyper} columns; rates on the device go into lrs")
+    if step.shared.dim() != 2 or (rule.shared and step.shared.shape[1] != rule.shared):
+        refuse(rule, f"shared must have {rule.shared} columns, is {list(step.shared.shape)}")
+    if any(len(s.tensors) != n for s in streams):
+        refuse(rule, f"lists differ in length: {n} params, " + ", ".join(f"{len(s.tensors)} {s.name}" for s in streams))
     structure = [
-        list(map(Tensor.numel, params)), [p.dtype for p in params], *map(list, (step.scopes, step.groups, step.slots)),
-        list(step.weights), list(step.keys), step.shared.numel(), step.steps.numel(), stochastic,
+        list(map(Tensor.numel, step.params)), [p.dtype for p in step.params],
+        *map(list, (step.scopes, step.groups, step.slots, step.weights, step.keys, _scaled(step))),
+        step.shared.shape[0], step.steps.numel(), step.hyper[:, STOCHASTIC.value].tolist(),
     ]  # fmt: skip
-    key = (rule.name, device, *pointers[0])
+    key = (rule.family, device, *map(Tensor.data_ptr, step.params))
     table = _tables.get(key)
-    if table is not None and (table.structure != structure or (table.captured and table.pointers != pointers)):
+    if table is not None and table.structure != structure:
         _forget(key)
         table = None
+    if table is not None:
+        columns, moved = table.places(streams)
+        if moved and table.captured:
+            _forget(key)
+            table = None
     if table is None:
         while len(_tables) >= _MOST_TABLES:
             _forget(next(iter(_tables)))
-        table = _tables[key] = Table(rule, step, structure, stochastic)
-    if table.pointers != pointers:
-        table.point(step, pointers)
+        table = _tables[key] = Table(rule, step, structure)
+        columns, moved = table.places(streams)
+    if moved:
+        table.point(rule, step, streams, columns, moved)
     table.captured |= device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    table.set_numbers(step, values)
-    return table
+    space = table.spaces.get(rule.name)
+    if space is None:
+        space = table.spaces[rule.name] = Workspace(rule, table)
+    space.set_numbers(step)
+    return Prepared(table, space, columns)
+
+
+def _scaled(step: Step) -> Sequence[bool]:
+    return getattr(step, "scaled", ())
 
 
 def _forget(key: tuple[object, ...]) -> None:

@@ -46,15 +46,29 @@ HYPER = tl.constexpr(10)
 COEFFICIENTS = tl.constexpr(6)
 
 
+@triton.jit
+def set_coefficients(out, hyper, k, taken, damping, clip):
+    """Of a tile of tensors: ``taken`` steps before this one, ``damping`` (1 + s^) / 2 as it is stored."""
+    first = (taken == 0) & (tl.load(hyper + CLONE, mask=k, other=0) != 0)
+    lr, coupled, shrink = rates(hyper, k)
+    damping = tl.load(hyper + EPS_DAMPING, mask=k, other=0) + damping.to(tl.float64)
+    tl.store(out, tl.where(first, 0.0, tl.load(hyper + MOMENTUM, mask=k, other=0)), mask=k)
+    tl.store(out + 1, tl.where(first, 1.0, damping), mask=k)
+    tl.store(out + 2, clip + tl.zeros_like(lr), mask=k)
+    tl.store(out + 3, coupled, mask=k)
+    tl.store(out + 4, lr, mask=k)
+    tl.store(out + 5, shrink, mask=k)
+
+
 @triton.jit(do_not_specialize=["n_rows", "n_scopes", "n_groups"])
 def finalize_kernel(
     sums, rows, scope_group, numbers, shared, steps, status, found_inf, coefficients, n_rows, n_scopes, n_groups,
     H: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    skip, clip = decide(sums + n_scopes.to(tl.int64) * 3, numbers + n_groups * H, found_inf, status)
+    skip, clip = decide(sums + n_scopes.to(tl.int64) * 3, numbers + n_groups * H, found_inf, status, 3, 1, True)
     if skip:
         return
-    advance(sums, scope_group, numbers, shared, n_scopes, H, DECAY, TILE)
+    advance(sums, scope_group, numbers, shared, n_scopes, 3, H, DECAY, TILE)
     tl.debug_barrier()  # coefficients come from `shared` as it is stored, so that a resumed run gives the same
     for at in range(0, n_rows, TILE):
         row = (at + tl.arange(0, TILE)).to(tl.int64)
@@ -64,22 +78,12 @@ def finalize_kernel(
         step = steps + tl.load(record + ROW_SLOT, mask=k, other=0)
         damping = tl.load(shared + tl.load(record + ROW_SCOPE, mask=k, other=0) * 3 + 2, mask=k, other=0)
         taken = tl.load(step, mask=k, other=0)
-        first = (taken == 0) & (tl.load(hyper + CLONE, mask=k, other=0) != 0)
         tl.store(step, taken + 1, mask=k)
-        lr, coupled, shrink = rates(hyper, k)
-        damping = tl.load(hyper + EPS_DAMPING, mask=k, other=0) + damping.to(tl.float64)
-        out = coefficients + row * COEFFICIENTS
-        tl.store(out, tl.where(first, 0.0, tl.load(hyper + MOMENTUM, mask=k, other=0)), mask=k)
-        tl.store(out + 1, tl.where(first, 1.0, damping), mask=k)
-        tl.store(out + 2, tl.zeros([TILE], tl.float64) + clip, mask=k)
-        tl.store(out + 3, coupled, mask=k)
-        tl.store(out + 4, lr, mask=k)
-        tl.store(out + 5, shrink, mask=k)
+        set_coefficients(coefficients + row * COEFFICIENTS, hyper, k, taken, damping, clip)
 
 
 @triton.jit
-def _coefficients(coefficients, row, MATHS: tl.constexpr):
-    c = coefficients + row * COEFFICIENTS
+def read_coefficients(c, MATHS: tl.constexpr):
     return (
         tl.load(c).to(MATHS), tl.load(c + 1).to(MATHS), tl.load(c + 2).to(MATHS),
         tl.load(c + 3).to(MATHS), tl.load(c + 4).to(MATHS), tl.load(c + 5).to(MATHS),
@@ -87,10 +91,10 @@ def _coefficients(coefficients, row, MATHS: tl.constexpr):
 
 
 @triton.jit
-def _update(param, grad, m, pre, c, MATHS: tl.constexpr):
+def descend(theta, grad, m, c):
+    """The equations: new parameter and momentum, all in the type of the maths."""
     momentum, damping, clip, coupled, lr, shrink = c
-    theta = param.to(MATHS)
-    m = momentum * m + damping * (clip * (grad.to(MATHS) * pre) + coupled * theta)
+    m = momentum * m + damping * (clip * grad + coupled * theta)
     return shrink * theta - lr * m, m
 
 
@@ -103,7 +107,7 @@ def update_kernel(
         return
     row, record, hyper, begin, whole, end, pre = open_piece(rows, pieces, numbers, grad_scale, H, BLOCK)
     pre = pre.to(MATHS)
-    c = _coefficients(coefficients, row, MATHS)
+    c = read_coefficients(coefficients + row * COEFFICIENTS, MATHS)
     if STOCHASTIC:
         slot = tl.load(record + ROW_SLOT)
         step = tl.load(steps + slot).to(tl.uint32)
@@ -115,7 +119,8 @@ def update_kernel(
     states = tl.multiple_of(tl.load(record + STATE).to(tl.pointer_type(MATHS)), 16) + begin
     for at in range(0, whole, BLOCK):
         i = at + lane
-        theta, m = _update(tl.load(params + i), tl.load(grads + i), tl.load(states + i), pre, c, MATHS)
+        grad = tl.load(grads + i).to(MATHS) * pre
+        theta, m = descend(tl.load(params + i).to(MATHS), grad, tl.load(states + i), c)
         tl.store(states + i, m)
         if STOCHASTIC:
             noise = noise_of_blocks(seed, element + at, step, slot.to(tl.uint32), BLOCK)
@@ -130,9 +135,8 @@ def update_kernel(
     for at in range(whole, end, BLOCK):
         i = at + lane
         k = i < end
-        theta, m = _update(
-            tl.load(params + i, mask=k), tl.load(grads + i, mask=k), tl.load(states + i, mask=k), pre, c, MATHS
-        )
+        grad = tl.load(grads + i, mask=k).to(MATHS) * pre
+        theta, m = descend(tl.load(params + i, mask=k).to(MATHS), grad, tl.load(states + i, mask=k), c)
         tl.store(states + i, m, mask=k)
         if STOCHASTIC:
             noise = noise_of_elements(seed, element + i, step, slot.to(tl.uint32))
@@ -143,7 +147,18 @@ def update_kernel(
             tl.store(params + i, nearest(theta, WORD).to(WORD, bitcast=True), mask=k)
 
 
-RULE = Rule("tam", 1, HYPER.value, CLONE.value, DECAY.value, COEFFICIENTS.value, finalize_kernel, update_kernel)
+RULE = Rule(
+    name="tam",
+    family="tam",
+    states=1,
+    hyper=HYPER.value,
+    shared=3,
+    coefficients=COEFFICIENTS.value,
+    sums=3,
+    clone=CLONE.value,
+    finalize=finalize_kernel,
+    update=update_kernel,
+)
 
 
 def reduce(step: Step) -> Tensor:

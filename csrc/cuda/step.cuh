@@ -13,8 +13,6 @@
 
 namespace torsion::cuda {
 
-using MaybeTensor = std::optional<Tensor>;
-
 inline cudaStream_t current_stream(int32_t device) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
@@ -86,12 +84,14 @@ char* place(Table& table, const MaybeTensor& workspace, MaybeTensor& own, int32_
 }
 
 template <class Rule>
-void run(Table& table, const StepTensors& in, Phase phase, const MaybeTensor& sums, const MaybeTensor& workspace) {
+void run(Table& table, const StepTensors& in, Phase phase, const MaybeTensor& sums, const MaybeTensor& workspace,
+         const Slots& slots = {}) {
   using F = Frame<Rule>;
   STD_TORCH_CHECK(in.shared.is_cuda(), Rule::kName, ": shared must be on the device of the parameters");
   const int32_t device = in.shared.get_device_index();
   F f{};
   fill_frame(f, table, in, Rule::kName);
+  f.slots = slots;
   check_devices<Rule>(in, sums, device);
   std::vector<Rate> rates(size_t(table.n_groups));
   const auto hyper = read_hyper<Rule>(table, in, Rule::kName, [&](size_t group, const Tensor& rate) {

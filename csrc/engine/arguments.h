@@ -18,11 +18,14 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using TensorList = std::vector<Tensor>;
 
+using MaybeTensor = std::optional<Tensor>;
+
 struct StepTensors {
   const Tensor &shared, &steps, &status, &hyper;
   const TensorList& lrs;
   const std::optional<Tensor>&grad_scale, &found_inf;
   std::optional<double> max_grad_norm;
+  bool opens = true;
 };
 
 inline int32_t kind_of(const Tensor& param, bool stochastic, const char* op, size_t i) {
@@ -92,7 +95,22 @@ void fill_frame(Frame<Rule>& f, const Table& table, const StepTensors& in, const
   f.status = static_cast<Status*>(in.status.mutable_data_ptr());
   f.grad_scale = optional_float(in.grad_scale, op, "grad_scale");
   f.found_inf = optional_float(in.found_inf, op, "found_inf");
+  f.opens = in.opens;
   f.max_norm = in.max_grad_norm.value_or(std::numeric_limits<double>::infinity());
+}
+
+// Which address of a row each stream of the rule takes.
+template <class Rule>
+Slots read_slots(const std::vector<int64_t>& streams) {
+  STD_TORCH_CHECK(streams.size() == size_t(n_streams<Rule>), Rule::kName, ": needs ", n_streams<Rule>, " streams, got ",
+                  streams.size());
+  Slots slots;
+  for (size_t k = 0; k < streams.size(); ++k) {
+    STD_TORCH_CHECK(streams[k] >= 0 && streams[k] < kMaxStreams, Rule::kName, ": streams[", k, "] = ", streams[k],
+                    " is no slot of a row");
+    slots.of[k] = int32_t(streams[k]);
+  }
+  return slots;
 }
 
 inline double read_rate(const Tensor& t, const char* op) {
@@ -137,6 +155,7 @@ Table table_of(const std::vector<const TensorList*>& streams, const std::vector<
   STD_TORCH_CHECK(scopes.size() == n && groups.size() == n && slots.size() == n, op,
                   ": scopes, groups and slots need one entry per tensor");
   Table table;
+  static_assert(F::K > 0);
   table.n_scopes = narrow_count(shared.numel() / F::K);
   table.n_groups = narrow_count(hyper.numel() / F::H);
   STD_TORCH_CHECK(hyper.is_cpu() && hyper.scalar_type() == ScalarType::Double && hyper.is_contiguous(), op,

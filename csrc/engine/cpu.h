@@ -75,14 +75,33 @@ struct Stochastic {
   }
 };
 
-enum class Pass { reduce, update };
-
-// What is worked on after this piece. A small tensor is over before the hardware has noticed its streams, so each line
-// of it is asked for while its predecessor is computed (1000 x 1024 fp32: 0.83 against 0.91 ms a step).
-struct Next {
-  void* const* at;
-  int64_t begin;
+// A piece, and what is worked on after it. A small tensor is over before the hardware has noticed its streams, so each
+// line of the next is asked for while this one is computed (1000 x 1024 fp32: 0.83 against 0.91 ms a step).
+struct Work {
+  const Row &row, &next;
+  int64_t begin, end, next_begin;
+  const Slots& slots;
+  double pre;
+  bool long_list;  // longer than a cache
 };
+
+constexpr int64_t kLongList = 64;  // pieces
+
+// Writes around the cache, 16 bytes at a time; both ends are aligned to that.
+TORSION_INLINE void write_around(char* to, const char* from, size_t bytes) {
+#ifdef __SSE__
+  using Quad = float __attribute__((vector_size(16), may_alias));
+  for (size_t b = 0; b < bytes; b += 16)
+    __builtin_ia32_movntps(reinterpret_cast<float*>(to + b), *reinterpret_cast<const Quad*>(from + b));
+#else
+  memcpy(to, from, bytes);
+#endif
+}
+TORSION_INLINE void end_of_writes_around() {
+#ifdef __SSE__
+  __builtin_ia32_sfence();
+#endif
+}
 
 template <class Rule, class T, class Round>
 struct Body {
@@ -92,11 +111,19 @@ struct Body {
   static constexpr int S = n_streams<Rule>, N = Rule::n_sums;
   static_assert(S <= kMaxStreams);
 
+  // The addresses of the rule's streams in a row.
+  struct Streams {
+    void* at[S];
+    TORSION_INLINE Streams(const Row& row, const Slots& slots) {
+      for (int k = 0; k < S; ++k) at[k] = row.at[slots.of[k]];
+    }
+  };
+
   template <Pass P>
   static TORSION_INLINE void load(E& e, void* const* at, int64_t i, M pre) {
     int k = 0;
     auto take = [&]<class Of, class X>(Of, X& x) __attribute__((always_inline)) {
-      if constexpr (Of::io != Io::write && (P == Pass::update || Of::reduced)) {
+      if constexpr (Of::loads(P)) {
         x = widen(static_cast<const typename T::template Of<Of::role>*>(at[k])[i]);
         if constexpr (Of::role == Role::grad) x *= pre;
       }
@@ -105,11 +132,80 @@ struct Body {
     Rule::streams(e, take);
   }
 
-  static TORSION_INLINE void store(E& e, void* const* at, int64_t i, const typename Round::Block& round, int64_t j) {
-    int k = 0;
+  // An array that is only written would be read into the cache first. In a long list its elements are staged, and go
+  // around the cache a span at a time (fp32 SGD from memory: the first descent takes 0.87, the last 0.86, the opening
+  // ascent 0.89 of the time). Where it is also one that is read, it is in the cache already.
+  template <Pass P, class Of>
+  static constexpr bool is_staged = Of::stores(P) && !Of::loads(P) && is_stored<Of, T>;
+  template <Pass P>
+  static constexpr int n_staged = [] {
+    E e{};
+    int n = 0;
+    auto count = [&]<class Of, class X>(Of, X&) { n += is_staged<P, Of>; };
+    Rule::streams(e, count);
+    return n;
+  }();
+
+  template <Pass P>
+  struct Stage {
+    alignas(64) char bytes[n_staged<P> ? n_staged<P> : 1][Round::kSpan * sizeof(M)];
+    bool around[n_staged<P> ? n_staged<P> : 1];
+
+    TORSION_INLINE Stage(const Work& work, void* const* at) {
+      E e{};
+      int k = 0, n = 0;
+      auto decide = [&]<class Of, class X>(Of, X&) __attribute__((always_inline)) {
+        if constexpr (is_staged<P, Of>) around[n++] = work.row.aligned && !is_loaded(at, at[k]);
+        ++k;
+      };
+      Rule::streams(e, decide);
+    }
+
+    static TORSION_INLINE bool is_loaded(void* const* at, const void* array) {
+      E e{};
+      int k = 0;
+      bool found = false;
+      auto compare = [&]<class Of, class X>(Of, X&) __attribute__((always_inline)) {
+        found = found || (Of::loads(P) && at[k] == array);
+        ++k;
+      };
+      Rule::streams(e, compare);
+      return found;
+    }
+
+    TORSION_INLINE void flush(void* const* at, int64_t i) const {
+      E e{};
+      int k = 0, n = 0;
+      auto write = [&]<class Of, class X>(Of, X&) __attribute__((always_inline)) {
+        if constexpr (is_staged<P, Of>) {
+          using Q = typename T::template Of<Of::role>;
+          char* const to = reinterpret_cast<char*>(static_cast<Q*>(at[k]) + i);
+          if (around[n])
+            write_around(to, bytes[n], Round::kSpan * sizeof(Q));
+          else
+            memcpy(to, bytes[n], Round::kSpan * sizeof(Q));
+          ++n;
+        }
+        ++k;
+      };
+      Rule::streams(e, write);
+    }
+  };
+
+  // Element i of the arrays is element j of the span.
+  template <Pass P, bool Staged>
+  static TORSION_INLINE void store(E& e, void* const* at, int64_t i, const typename Round::Block& round, int64_t j,
+                                   char (*stage)[Round::kSpan * sizeof(M)]) {
+    int k = 0, n = 0;
     auto give = [&]<class Of, class X>(Of, X& x) __attribute__((always_inline)) {
-      using Q = typename T::template Of<Of::role>;
-      if constexpr (Of::io != Io::read) static_cast<Q*>(at[k])[i] = round.template narrow<Q, Of::role>(x, j);
+      if constexpr (Of::stores(P) && is_stored<Of, T>) {
+        using Q = typename T::template Of<Of::role>;
+        const Q q = round.template narrow<Q, Of::role>(x, j);
+        if constexpr (Staged && is_staged<P, Of>)
+          reinterpret_cast<Q*>(stage[n++])[j] = q;
+        else
+          static_cast<Q*>(at[k])[i] = q;
+      }
       ++k;
     };
     Rule::streams(e, give);
@@ -128,29 +224,32 @@ struct Body {
     int k = 0;
     auto ask = [&]<class Of, class X>(Of, X&) __attribute__((always_inline)) {
       using Q = typename T::template Of<Of::role>;
-      if constexpr (P == Pass::update || (Of::io != Io::write && Of::reduced))
+      constexpr bool writes = Of::stores(P);  // without optimisation the call is no constant
+      if constexpr (Of::loads(P))
         for (int64_t line = 0; line < count * int64_t(sizeof(Q)); line += 64)
-          __builtin_prefetch(reinterpret_cast<const char*>(static_cast<const Q*>(at[k]) + i) + line,
-                             P == Pass::update && Of::io != Io::read);
+          __builtin_prefetch(reinterpret_cast<const char*>(static_cast<const Q*>(at[k]) + i) + line, writes);
       ++k;
     };
     Rule::streams(e, ask);
   }
 
-  static TORSION_INLINE void add_lanes(void* const* at, int64_t i, M pre, double (*a)[kLanes]) {
+  using Known = typename Rule::template Known<M>;
+
+  static TORSION_INLINE void add_lanes(void* const* at, int64_t i, M pre, const Known& known, double (*a)[kLanes]) {
 #pragma GCC ivdep
     for (int l = 0; l < kLanes; ++l) {
       E e{};
-      load<Pass::reduce>(e, at, i + l, pre);
-      Rule::reduce(e, Lane{a, l});
+      load<kReduce>(e, at, i + l, pre);
+      Rule::reduce(e, known, Lane{a, l});
     }
   }
 
-  static TORSION_INLINE void reduce(const Row& row, int64_t begin, int64_t end, const Next& next, double pre_,
-                                    double* out) {
-    void* at[S];
-    for (int k = 0; k < S; ++k) at[k] = row.at[k];
-    const M pre = M(pre_);
+  static TORSION_INLINE void reduce(const Work& work, const typename Rule::Hyper& hyper, double* out) {
+    const Streams own(work.row, work.slots), next(work.next, work.slots);
+    void* const* const at = own.at;
+    const int64_t begin = work.begin, end = work.end;
+    const M pre = M(work.pre);
+    const Known known = Rule::template known<M>(hyper, work.row.scaled != 0);
     double a[N][kLanes] = {};
     int64_t i = begin;
     if (end - begin == kChunk) {
@@ -158,18 +257,18 @@ struct Body {
       // (fp32 from memory: reduce 0.53 against 0.69 ns per element, update 0.75 against 0.92).
       for (; i < begin + kChunk / kPlaces; i += kLanes)
         for (int64_t place = 0; place < kChunk; place += kChunk / kPlaces) {
-          prefetch<Pass::reduce>(at, i + place + kAhead, kLanes);
-          add_lanes(at, i + place, pre, a);
+          prefetch<kReduce>(at, i + place + kAhead, kLanes);
+          add_lanes(at, i + place, pre, known, a);
         }
     } else {
       for (; i + kLanes <= end; i += kLanes) {
-        prefetch<Pass::reduce>(next.at, next.begin + i - begin, kLanes);
-        add_lanes(at, i, pre, a);
+        prefetch<kReduce>(next.at, work.next_begin + i - begin, kLanes);
+        add_lanes(at, i, pre, known, a);
       }
       for (int l = 0; i < end; ++i, ++l) {
         E e{};
-        load<Pass::reduce>(e, at, i, pre);
-        Rule::reduce(e, Lane{a, l});
+        load<kReduce>(e, at, i, pre);
+        Rule::reduce(e, known, Lane{a, l});
       }
     }
     for (int s = 0; s < N; ++s) {
@@ -179,48 +278,70 @@ struct Body {
     }
   }
 
-  static TORSION_INLINE void update(const Row& row, int64_t begin, int64_t end, const Next& next, double pre_,
-                                    const double* coefficients, uint64_t seed, uint32_t step) {
-    void* at[S];
-    for (int k = 0; k < S; ++k) at[k] = row.at[k];
-    const M pre = M(pre_);
-    typename Rule::template Coefficients<double> wide;
-    memcpy(&wide, coefficients, sizeof wide);
-    const C c = cast_numbers<C, decltype(wide), M>(wide);
-    auto round = Round::block(row, seed, step);
-    auto span = [&](int64_t x, int64_t y) __attribute__((always_inline)) {
+  // Loads, computes and stores every element of a piece.
+  template <Pass P, class Compute>
+  static TORSION_INLINE void sweep(const Work& work, typename Round::Block& round, Compute compute) {
+    const Streams own(work.row, work.slots), next(work.next, work.slots);
+    void* const* const at = own.at;
+    const int64_t begin = work.begin, end = work.end;
+    const M pre = M(work.pre);
+    Stage<P> stage(work, at);
+    auto span = [&]<bool Staged>(int64_t x, int64_t y) __attribute__((always_inline)) {
       round.fill(x);
 #pragma GCC ivdep
       for (int64_t i = x; i < y; ++i) {
         E e{};
-        load<Pass::update>(e, at, i, pre);
-        Rule::update(e, c);
-        store(e, at, i, round, i - x);
+        load<P>(e, at, i, pre);
+        compute(e);
+        store<P, Staged>(e, at, i, round, i - x, stage.bytes);
       }
+      if constexpr (Staged) stage.flush(at, x);
     };
     constexpr int64_t kPlace = kChunk / Round::kPlaces;
     static_assert(kPlace % Round::kSpan == 0);
     int64_t i = begin;
-    if (end - begin == kChunk) {
+    auto whole = [&]<bool Staged>() __attribute__((always_inline)) {
       for (; i < begin + kPlace; i += Round::kSpan)
         for (int64_t x = i; x < i + kChunk; x += kPlace) {
-          prefetch<Pass::update>(at, x + kAhead, Round::kSpan);
-          span(x, x + Round::kSpan);
+          prefetch<P>(at, x + kAhead, Round::kSpan);
+          span.template operator()<Staged>(x, x + Round::kSpan);
         }
-    } else {
+    };
+    if (end - begin < kChunk) {
       for (; i < end; i += Round::kSpan) {
-        prefetch<Pass::update>(next.at, next.begin + i - begin, Round::kSpan);
-        span(i, std::min(end, i + Round::kSpan));
+        prefetch<P>(next.at, work.next_begin + i - begin, Round::kSpan);
+        span.template operator()<false>(i, std::min(end, i + Round::kSpan));
       }
+    } else if (n_staged<P> > 0 && work.long_list) {
+      whole.template operator()<(n_staged<P> > 0)>();
+      end_of_writes_around();
+    } else {
+      whole.template operator()<false>();
+    }
+  }
+
+  static TORSION_INLINE void update(const Work& work, const double* coefficients, uint64_t seed, uint32_t step) {
+    typename Rule::template Coefficients<double> wide;
+    memcpy(&wide, coefficients, sizeof wide);
+    const C c = cast_numbers<C, decltype(wide), M>(wide);
+    auto round = Round::block(work.row, seed, step);
+    sweep<kUpdate>(work, round, [&](E& e) __attribute__((always_inline)) { Rule::update(e, c); });
+  }
+
+  static TORSION_INLINE void restore(const Work& work) {
+    if constexpr (Rule::kRestores) {
+      Nearest::Block round;
+      Body<Rule, T, Nearest>::template sweep<kRestore>(
+          work, round, [](E& e) __attribute__((always_inline)) { Rule::restore(e); });
     }
   }
 };
 
-using ReducePiece = void (*)(const Row&, int64_t, int64_t, const Next&, double, double*);
-using UpdatePiece = void (*)(const Row&, int64_t, int64_t, const Next&, double, const double*, uint64_t, uint32_t);
+template <class Rule>
 struct PieceFunctions {
-  ReducePiece reduce;
-  UpdatePiece update;
+  void (*reduce)(const Work&, const typename Rule::Hyper&, double*);
+  void (*update)(const Work&, const double*, uint64_t, uint32_t);
+  void (*restore)(const Work&);
 };
 
 // x86-64-v4, v3 and the baseline; TORSION_ISA=0|1|2 forces a lower one, so that tests can compare their bits.
@@ -241,15 +362,14 @@ inline int isa_level() { return 0; }
 template <class Rule, class T, class Round>
 struct Levels {
   using B = Body<Rule, T, Round>;
-#define TORSION_LEVEL(name, attribute)                                                                         \
-  attribute __attribute__((noinline)) static void reduce_##name(const Row& row, int64_t b, int64_t e,          \
-                                                                const Next& next, double pre, double* out) {   \
-    B::reduce(row, b, e, next, pre, out);                                                                      \
-  }                                                                                                            \
-  attribute __attribute__((noinline)) static void update_##name(const Row& row, int64_t b, int64_t e,          \
-                                                                const Next& next, double pre, const double* c, \
-                                                                uint64_t seed, uint32_t step) {                \
-    B::update(row, b, e, next, pre, c, seed, step);                                                            \
+#define TORSION_LEVEL(name, attribute)                                                                            \
+  attribute __attribute__((noinline)) static void reduce_##name(const Work& work, const typename Rule::Hyper& h,  \
+                                                                double* out) {                                    \
+    B::reduce(work, h, out);                                                                                      \
+  }                                                                                                               \
+  attribute __attribute__((noinline)) static void update_##name(const Work& work, const double* c, uint64_t seed, \
+                                                                uint32_t step) {                                  \
+    B::update(work, c, seed, step);                                                                               \
   }
   TORSION_LEVEL(base, )
 #ifdef TORSION_X86_LEVELS
@@ -257,20 +377,23 @@ struct Levels {
   TORSION_LEVEL(v4, __attribute__((target("arch=x86-64-v4,prefer-vector-width=512"))))
 #endif
 #undef TORSION_LEVEL
-  static PieceFunctions pick() {
+  __attribute__((noinline)) static void restore(const Work& work) { B::restore(work); }
+
+  static PieceFunctions<Rule> pick() {
 #ifdef TORSION_X86_LEVELS
-    if (isa_level() == 2) return {reduce_v4, update_v4};
-    if (isa_level() == 1) return {reduce_v3, update_v3};
+    if (isa_level() == 2) return {reduce_v4, update_v4, restore};
+    if (isa_level() == 1) return {reduce_v3, update_v3, restore};
 #endif
-    return {reduce_base, update_base};
+    return {reduce_base, update_base, restore};
   }
 };
 
 template <class Rule>
-const PieceFunctions& piece_functions(int32_t kind) {
-  static const std::array<PieceFunctions, kKinds> table = {
-      Levels<Rule, F32, Nearest>::pick(), Levels<Rule, F64, Nearest>::pick(),     Levels<Rule, BF16, Nearest>::pick(),
-      Levels<Rule, F16, Nearest>::pick(), Levels<Rule, BF16, Stochastic>::pick(), Levels<Rule, F16, Stochastic>::pick(),
+const PieceFunctions<Rule>& piece_functions(int32_t kind) {
+  using Round = std::conditional_t<Rule::kRounds, Stochastic, Nearest>;
+  static const std::array<PieceFunctions<Rule>, kKinds> table = {
+      Levels<Rule, F32, Nearest>::pick(), Levels<Rule, F64, Nearest>::pick(), Levels<Rule, BF16, Nearest>::pick(),
+      Levels<Rule, F16, Nearest>::pick(), Levels<Rule, BF16, Round>::pick(),  Levels<Rule, F16, Round>::pick(),
   };
   return table[size_t(kind)];
 }
@@ -329,19 +452,24 @@ struct Runner {
 
   static void run(F& f, int64_t n_pieces, int threads, Phase phase) {
     const double inverse_scale = f.scale();
-    auto next_of = [&](int64_t k) {
-      const Piece& p = f.pieces[std::min(k + 1, n_pieces - 1)];
-      return Next{f.rows[p.row].at, int64_t(p.chunk) * kChunk};
+    auto work_of = [&](int64_t k) {
+      const Piece &p = f.pieces[k], &next = f.pieces[std::min(k + 1, n_pieces - 1)];
+      const Row& row = f.rows[p.row];
+      return Work{row,
+                  f.rows[next.row],
+                  int64_t(p.chunk) * kChunk,
+                  std::min(row.n, (int64_t(p.chunk) + 1) * kChunk),
+                  int64_t(next.chunk) * kChunk,
+                  f.slots,
+                  f.pre(row, inverse_scale),
+                  n_pieces >= kLongList};
     };
-    auto end_of = [&](const Row& row, const Piece& p) { return std::min(row.n, (int64_t(p.chunk) + 1) * kChunk); };
     auto team = [&](int rank, int size) {
       const int64_t a = n_pieces * rank / size, z = n_pieces * (rank + 1) / size;
       if (phase != Phase::update) {
         for (int64_t k = a; k < z; ++k) {
-          const Piece& p = f.pieces[k];
-          const Row& row = f.rows[p.row];
-          piece_functions<Rule>(row.kind).reduce(row, int64_t(p.chunk) * kChunk, end_of(row, p), next_of(k),
-                                                 f.pre(row, inverse_scale), f.partial + k * N);
+          const Work work = work_of(k);
+          piece_functions<Rule>(work.row.kind).reduce(work, f.hyper[work.row.group], f.partial + k * N);
         }
         if (size > 1) {
 #pragma omp barrier
@@ -353,14 +481,16 @@ struct Runner {
       if (size > 1) {
 #pragma omp barrier
       }
-      if (f.status->skip) return;
+      if (f.status->skip == kSkippedBefore || (f.status->skip != kGo && !Rule::kRestores)) return;
       for (int64_t k = a; k < z; ++k) {
-        const Piece& p = f.pieces[k];
-        const Row& row = f.rows[p.row];
-        piece_functions<Rule>(row.kind).update(row, int64_t(p.chunk) * kChunk, end_of(row, p), next_of(k),
-                                               f.pre(row, inverse_scale),
-                                               reinterpret_cast<const double*>(f.coefficients + p.row),
-                                               uint64_t(f.hyper[row.group].seed), uint32_t(f.steps[row.tensor]));
+        const Work work = work_of(k);
+        const Row& row = work.row;
+        if (f.status->skip)
+          piece_functions<Rule>(row.kind).restore(work);
+        else
+          piece_functions<Rule>(row.kind).update(
+              work, reinterpret_cast<const double*>(f.coefficients + f.pieces[k].row),
+              uint64_t(f.hyper[row.group].seed), uint32_t(f.steps[row.tensor]));
       }
     };
     // No more threads than pieces: waking one for nothing costs more than a small step.

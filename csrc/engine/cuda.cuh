@@ -3,8 +3,8 @@
 //   reduce   a block takes pieces (16384 elements of one tensor) and leaves each one's sums in `partial`. The last block
 //            of the step's last kind, known by an integer ticket, does the scalars:
 //            piece -> tensor -> scope and all -> skip or go on -> state of each scope -> coefficients of each tensor
-//   update   nothing when the step is skipped, else every stream of every piece, last piece first: what reduce read last
-//            is still in L2
+//   update   every stream of every piece, last piece first: what reduce read last is still in L2. When the step is
+//            skipped nothing, or the rule's restore
 //
 // Bytes per element are those in the rule's header. Sums are fp64: per thread, warp, block, piece, in this order, which
 // the grid does not enter, so two runs and two grids give the same bits; there are no atomics on floating point.
@@ -27,6 +27,23 @@ enum class Finish : int32_t {
   scalars,  // the scalars, from sums that are there
 };
 
+// Which of a rule's streams a reduce loads. A rule that sums nothing has sums of zero and needs none.
+struct Positions {
+  int at[kMaxStreams] = {}, count = 0;
+};
+template <class Rule>
+constexpr Positions summed_streams() {
+  Positions found;
+  typename Rule::template Element<float> e{};
+  int k = 0;
+  auto look = [&](auto of, float&) {
+    if (of.loads(kReduce)) found.at[found.count++] = k;
+    ++k;
+  };
+  Rule::streams(e, look);
+  return found;
+}
+
 template <class Rule>
 struct Launch {
   Frame<Rule> frame;
@@ -38,20 +55,20 @@ struct Launch {
 
 // The groups' numbers as they travel: in the kernel's parameters, so that a new learning rate costs no copy. 256 doubles
 // are 2 KB of the 4 KB that parameters may take.
-template <class Rule>
+template <class Hyper>
 struct Numbers {
-  static constexpr int kGroups = 256 / Frame<Rule>::H;
-  typename Rule::Hyper value[kGroups];
+  static constexpr int H = n_numbers<Hyper>, kGroups = 256 / H;
+  static_assert(std::is_base_of_v<Common, Hyper>, "number 0 of a group is its learning rate");
+  Hyper value[kGroups];
   const void* rate[kGroups];  // a learning rate that lies on the device; null: the value holds
   uint32_t rate_is_double;    // one bit per group
   int32_t first, groups;      // 0 groups: all are in Launch::hyper already
   static_assert(kGroups <= 32);
 };
 
-template <class Rule, int Threads>
-__device__ void resolve(const Numbers<Rule>& in, typename Rule::Hyper* out) {
-  constexpr int H = Frame<Rule>::H;
-  static_assert(std::is_base_of_v<Common, typename Rule::Hyper>, "number 0 of a group is its learning rate");
+template <int Threads, class Hyper>
+__device__ void resolve(const Numbers<Hyper>& in, Hyper* out) {
+  constexpr int H = Numbers<Hyper>::H;
   const auto* value = reinterpret_cast<const double*>(in.value);
   auto* to = reinterpret_cast<double*>(out + in.first);
   for (int k = threadIdx.x; k < in.groups * H; k += Threads) {
@@ -188,13 +205,19 @@ __device__ __forceinline__ void add_up(const Frame<Rule>& f, Scratch<Rule::n_sum
 
 // By one block.
 template <class Rule, int Threads>
-__device__ __forceinline__ void finish(const Launch<Rule>& launch, const Numbers<Rule>& numbers,
+__device__ __forceinline__ void finish(const Launch<Rule>& launch, const Numbers<typename Rule::Hyper>& numbers,
                                        Scratch<Rule::n_sums, Threads>& scratch) {
   Frame<Rule> f = launch.frame;
   f.hyper = launch.hyper;
-  resolve<Rule, Threads>(numbers, launch.hyper);
+  resolve<Threads>(numbers, launch.hyper);
   __syncthreads();
-  if (launch.finish != Finish::scalars) add_up<Rule, Threads>(f, scratch);
+  if (launch.finish != Finish::scalars) {
+    if constexpr (summed_streams<Rule>().count > 0)
+      add_up<Rule, Threads>(f, scratch);
+    else
+      for (int64_t k = threadIdx.x; k < (int64_t(f.n_scopes) + 1) * Rule::n_sums; k += Threads) f.sums[k] = 0;
+    __syncthreads();
+  }
   if (launch.finish == Finish::sums) return;
   if (threadIdx.x == 0) f.decide();
   __syncthreads();
@@ -216,10 +239,14 @@ __device__ __forceinline__ void take_ticket(unsigned* ticket, bool& last) {
   __threadfence();
 }
 
-// Four resident blocks: with room for more, the scalars of the last block would spill.
+// Resident blocks: with room for more, the loads of three streams or the scalars of the last block would spill.
+template <class Rule>
+constexpr int kResidentReduce = summed_streams<Rule>().count <= 2 ? 4 : 3;
+
 template <class Rule, class T, int Threads>
-__global__ void __launch_bounds__(Threads, 4)
-    reduce_kernel(const __grid_constant__ Launch<Rule> launch, const __grid_constant__ Numbers<Rule> numbers) {
+__global__ void __launch_bounds__(Threads, kResidentReduce<Rule>)
+    reduce_kernel(const __grid_constant__ Launch<Rule> launch,
+                  const __grid_constant__ Numbers<typename Rule::Hyper> numbers) {
   using B = Body<Rule, T>;
   constexpr int N = B::N;
   __shared__ Scratch<N, Threads> scratch;
@@ -229,8 +256,10 @@ __global__ void __launch_bounds__(Threads, 4)
   for (int64_t p = blockIdx.x; p < launch.pieces; p += gridDim.x) {
     const Piece piece = f.pieces[launch.first + p];
     const Row& row = f.rows[piece.row];
+    const typename B::Span span(row, f.slots, piece.chunk, row.aligned);
+    const auto known = Rule::template known<typename B::M>(f.hyper[row.group], row.scaled != 0);
     double sums[N] = {};
-    B::template reduce<Threads>(row, piece.chunk, typename B::M(f.pre(row, inverse_scale)), sums);
+    B::template reduce<Threads>(span, typename B::M(f.pre(row, inverse_scale)), known, sums);
     sum_block<Threads>(sums, scratch, [&](int k, double sum) { f.partial[(launch.first + p) * N + k] = sum; });
   }
   if (launch.finish == Finish::nothing) return;
@@ -240,16 +269,24 @@ __global__ void __launch_bounds__(Threads, 4)
 
 // One block: the scalars on their own, after an all-reduce of the sums or for a list without elements.
 template <class Rule, int Threads>
-__global__ void __launch_bounds__(Threads)
-    finalize_kernel(const __grid_constant__ Launch<Rule> launch, const __grid_constant__ Numbers<Rule> numbers) {
+__global__ void __launch_bounds__(Threads, 1)
+    finalize_kernel(const __grid_constant__ Launch<Rule> launch,
+                    const __grid_constant__ Numbers<typename Rule::Hyper> numbers) {
   __shared__ Scratch<Rule::n_sums, Threads> scratch;
   finish<Rule, Threads>(launch, numbers, scratch);
 }
 
 // Blocks that the registers must leave room for on a multiprocessor: the most without spilling, as scripts/audit.py holds
-// it to. With every load of a step issued at once, three already keep more bytes in flight than HBM3e's latency asks for.
+// it to. With every load of a step issued at once, two of the widest rule (41 KB) already keep more bytes in flight than
+// HBM3e's latency asks for.
+template <class Rule>
+constexpr int kResidentNarrow = n_streams<Rule> <= 3   ? 5
+                                : n_streams<Rule> == 4 ? 4
+                                : n_streams<Rule> < 8  ? 3
+                                                       : 2;
 template <class Rule, class T, class Round>
-constexpr int kResident = (n_streams<Rule> <= 3 ? 5 : 4) - (Round::kRandom || sizeof(typename T::Math) == 8 ? 2 : 0);
+constexpr int kResident =
+    std::max(2, kResidentNarrow<Rule> - (Round::kRandom || sizeof(typename T::Math) == 8 ? 2 : 0));
 
 template <class Rule, class T, class Round, int Threads>
 __global__ void __launch_bounds__(Threads, kResident<Rule, T, Round>)
@@ -258,24 +295,34 @@ __global__ void __launch_bounds__(Threads, kResident<Rule, T, Round>)
   using M = typename T::Math;
   Frame<Rule> f = launch.frame;
   f.hyper = launch.hyper;
-  if (f.status->skip) return;
+  const int64_t skip = f.status->skip;
+  if (skip == kSkippedBefore || (skip != kGo && !Rule::kRestores)) return;
   const double inverse_scale = f.scale();
   for (int64_t p = launch.pieces - 1 - int64_t(blockIdx.x); p >= 0; p -= gridDim.x) {
     const Piece piece = f.pieces[launch.first + p];
     const Row& row = f.rows[piece.row];
+    if constexpr (Rule::kRestores) {
+      if (skip != kGo) {
+        const typename B::Span span(row, f.slots, piece.chunk, row.aligned);
+        B::template sweep<kRestore, Threads>(span, 0, M(1), Nearest(0, 0, 0), [](auto& e) { Rule::restore(e); });
+        continue;
+      }
+    }
     // Copied first: through a reference the conversion reads single bytes.
     const typename Frame<Rule>::Coefficients wide = f.coefficients[piece.row];
     const auto c = cast_numbers<typename B::C, typename Frame<Rule>::Coefficients, M>(wide);
     const Round round(uint64_t(f.hyper[row.group].seed), uint32_t(f.steps[row.tensor]), uint32_t(row.tensor));
-    B::template update<Threads>(row, piece.chunk, M(f.pre(row, inverse_scale)), c, round);
+    const typename B::Span span(row, f.slots, piece.chunk, Round::takes_vectors(row));
+    B::template sweep<kUpdate, Threads>(span, row.key, M(f.pre(row, inverse_scale)), round,
+                                        [&](auto& e) { Rule::update(e, c); });
   }
 }
 
-// More groups than parameters hold: their numbers go ahead, one launch for every Numbers<Rule>::kGroups of them.
-template <class Rule, int Threads>
+// More groups than parameters hold: their numbers go ahead, one launch for every Numbers<Hyper>::kGroups of them.
+template <class Hyper, int Threads>
 __global__ void __launch_bounds__(Threads)
-    resolve_kernel(const __grid_constant__ Numbers<Rule> numbers, typename Rule::Hyper* hyper) {
-  resolve<Rule, Threads>(numbers, hyper);
+    resolve_kernel(const __grid_constant__ Numbers<Hyper> numbers, Hyper* hyper) {
+  resolve<Threads>(numbers, hyper);
 }
 
 // Completes an uploaded image: the list of pieces follows from the rows, and is longer than they are. This kernel and the

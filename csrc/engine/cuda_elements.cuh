@@ -10,8 +10,6 @@
 
 namespace torsion::cuda {
 
-enum class Pass { reduce, update };
-
 struct Nearest {
   static constexpr bool kRandom = false;
   __device__ __forceinline__ Nearest(uint64_t, uint32_t, uint32_t) {}
@@ -59,6 +57,7 @@ struct Body {
   using M = typename T::Math;
   using E = typename Rule::template Element<M>;
   using C = typename Rule::template Coefficients<M>;
+  using Known = typename Rule::template Known<M>;
   template <class S>
   using Storage = typename T::template Of<S::role>;
   static constexpr int S = n_streams<Rule>, N = Rule::n_sums;
@@ -75,13 +74,13 @@ struct Body {
   };
 
   template <Pass P, class Of>
-  static constexpr bool loads = Of::io != Io::write && (P == Pass::update || Of::reduced);
+  static constexpr bool stores = Of::stores(P) && is_stored<Of, T>;
 
   // A plain uint4 load is split by nvcc into four; these intrinsics are not. reduce caches what update reads again,
   // update streams: nothing is read a third time before the next step.
   template <Pass P>
   static __device__ __forceinline__ uint4 load_quad(const uint4* p) {
-    if constexpr (P == Pass::reduce)
+    if constexpr (P == kReduce)
       return __ldca(p);
     else
       return __ldcs(p);
@@ -94,7 +93,7 @@ struct Body {
     int k = 0;
     auto fetch = [&]<class Of>(Of, M&) {
       using Q = Storage<Of>;
-      if constexpr (loads<P, Of>) {
+      if constexpr (Of::loads(P)) {
         const auto* from = reinterpret_cast<const uint4*>(static_cast<const Q*>(at[k]) + i);
 #pragma unroll
         for (int j = 0; j < quads<Q>; ++j) raw.quad[k][j] = load_quad<P>(from + j);
@@ -107,7 +106,7 @@ struct Body {
       k = 0;
       auto take = [&]<class Of>(Of, M& x) {
         using Q = Storage<Of>;
-        if constexpr (loads<P, Of>) {
+        if constexpr (Of::loads(P)) {
           Q q;
           memcpy(&q, reinterpret_cast<const char*>(raw.quad[k]) + v * sizeof(Q), sizeof(Q));
           x = widen(q);
@@ -119,7 +118,7 @@ struct Body {
     }
   }
 
-  template <class Round>
+  template <Pass P, class Round>
   static __device__ __forceinline__ void store(E (&e)[V], void* const* at, int64_t i, const Round& round) {
     Raw raw;
     int k = 0;
@@ -128,7 +127,7 @@ struct Body {
       k = 0;
       auto give = [&]<class Of>(Of, M& x) {
         using Q = Storage<Of>;
-        if constexpr (Of::io != Io::read) {
+        if constexpr (stores<P, Of>) {
           const Q q = round.template narrow<Q, Of::role>(x, v);
           memcpy(reinterpret_cast<char*>(raw.quad[k]) + v * sizeof(Q), &q, sizeof(Q));
         }
@@ -139,7 +138,7 @@ struct Body {
     k = 0;
     auto flush = [&]<class Of>(Of, M&) {
       using Q = Storage<Of>;
-      if constexpr (Of::io != Io::read) {
+      if constexpr (stores<P, Of>) {
         auto* to = reinterpret_cast<uint4*>(static_cast<Q*>(at[k]) + i);
 #pragma unroll
         for (int j = 0; j < quads<Q>; ++j) __stcs(to + j, raw.quad[k][j]);
@@ -153,7 +152,7 @@ struct Body {
   static __device__ __forceinline__ void load_one(E& e, void* const* at, int64_t i, M pre) {
     int k = 0;
     auto take = [&]<class Of>(Of, M& x) {
-      if constexpr (loads<P, Of>) {
+      if constexpr (Of::loads(P)) {
         x = widen(static_cast<const Storage<Of>*>(at[k])[i]);
         if constexpr (Of::role == Role::grad) x *= pre;
       }
@@ -162,12 +161,12 @@ struct Body {
     Rule::streams(e, take);
   }
 
-  template <class Round>
+  template <Pass P, class Round>
   static __device__ __forceinline__ void store_one(E& e, void* const* at, int64_t i, const Round& round) {
     int k = 0;
     auto give = [&]<class Of>(Of, M& x) {
       using Q = Storage<Of>;
-      if constexpr (Of::io != Io::read) static_cast<Q*>(at[k])[i] = round.template narrow<Q, Of::role>(x, 0);
+      if constexpr (stores<P, Of>) static_cast<Q*>(at[k])[i] = round.template narrow<Q, Of::role>(x, 0);
       ++k;
     };
     Rule::streams(e, give);
@@ -177,9 +176,9 @@ struct Body {
   struct Span {
     void* at[S];
     int64_t begin, vector_end, end;
-    __device__ __forceinline__ Span(const Row& row, int32_t chunk, bool vectors) {
+    __device__ __forceinline__ Span(const Row& row, const Slots& slots, int32_t chunk, bool vectors) {
 #pragma unroll
-      for (int k = 0; k < S; ++k) at[k] = row.at[k];
+      for (int k = 0; k < S; ++k) at[k] = row.at[slots.of[k]];
       begin = int64_t(chunk) * kChunk;
       end = begin + kChunk < row.n ? begin + kChunk : row.n;
       vector_end = vectors ? begin + (end - begin) / V * V : begin;
@@ -187,42 +186,41 @@ struct Body {
   };
 
   template <int Threads>
-  static __device__ __forceinline__ void reduce(const Row& row, int32_t chunk, M pre, double (&sums)[N]) {
-    const Span span(row, chunk, row.aligned);
+  static __device__ __forceinline__ void reduce(const Span& span, M pre, const Known& known, double (&sums)[N]) {
     const Accumulator into{sums};
 #pragma unroll 2
     for (int64_t i = span.begin + int64_t(threadIdx.x) * V; i < span.vector_end; i += Threads * V) {
       E e[V];
-      load<Pass::reduce>(e, span.at, i, pre);
+      load<kReduce>(e, span.at, i, pre);
 #pragma unroll
-      for (int v = 0; v < V; ++v) Rule::reduce(e[v], into);
+      for (int v = 0; v < V; ++v) Rule::reduce(e[v], known, into);
     }
     for (int64_t i = span.vector_end + threadIdx.x; i < span.end; i += Threads) {
       E e;
-      load_one<Pass::reduce>(e, span.at, i, pre);
-      Rule::reduce(e, into);
+      load_one<kReduce>(e, span.at, i, pre);
+      Rule::reduce(e, known, into);
     }
   }
 
-  template <int Threads, class Round>
-  static __device__ __forceinline__ void update(const Row& row, int32_t chunk, M pre, const C& c, Round round) {
-    const Span span(row, chunk, Round::takes_vectors(row));
+  // Loads, computes and stores every element of a piece; `key` is the number of the row's first element.
+  template <Pass P, int Threads, class Round, class Compute>
+  static __device__ __forceinline__ void sweep(const Span& span, int64_t key, M pre, Round round, Compute compute) {
 #pragma unroll 1
     for (int64_t i = span.begin + int64_t(threadIdx.x) * V; i < span.vector_end; i += Threads * V) {
       E e[V];
-      load<Pass::update>(e, span.at, i, pre);
-      round.draw(row.key + i);
+      load<P>(e, span.at, i, pre);
+      round.draw(key + i);
 #pragma unroll
-      for (int v = 0; v < V; ++v) Rule::update(e[v], c);
-      store(e, span.at, i, round);
+      for (int v = 0; v < V; ++v) compute(e[v]);
+      store<P>(e, span.at, i, round);
     }
 #pragma unroll 1
     for (int64_t i = span.vector_end + threadIdx.x; i < span.end; i += Threads) {
       E e;
-      load_one<Pass::update>(e, span.at, i, pre);
-      round.draw_one(row.key + i);
-      Rule::update(e, c);
-      store_one(e, span.at, i, round);
+      load_one<P>(e, span.at, i, pre);
+      round.draw_one(key + i);
+      compute(e);
+      store_one<P>(e, span.at, i, round);
     }
   }
 };

@@ -30,6 +30,8 @@ struct Frame {
   const float* grad_scale;  // null: 1
   const float* found_inf;   // null: 0
   double max_norm;          // infinity: no clipping
+  bool opens;               // of several passes that are skipped together this is the first, or there is one only
+  Slots slots;
 
   TORSION_HD double scale() const { return grad_scale ? 1 / double(*grad_scale) : 1.; }
 
@@ -47,13 +49,19 @@ struct Frame {
     const double* all = sums + int64_t(n_scopes) * N;
     bool finite = true;
     for (int k = 0; k < N; ++k) finite = finite && std::isfinite(all[k]);
+    if (!opens && status->skip != kGo) {
+      status->skip = kSkippedBefore;
+      return;
+    }
     const bool skip = !finite || (found_inf && *found_inf != 0);
-    double norm = std::sqrt(all[Rule::kGradNorm2]);
-    if (skip && std::isfinite(norm)) norm = HUGE_VAL;
-    const double clip = max_norm / (norm + 1e-6);
-    status->grad_norm = norm;
-    status->clip = clip < 1 ? clip : 1.;
-    status->skip = skip;
+    if constexpr (Rule::kGradNorm2 >= 0) {
+      double norm = std::sqrt(all[Rule::kGradNorm2]);
+      if (skip && std::isfinite(norm)) norm = HUGE_VAL;
+      const double clip = max_norm / (norm + 1e-6);
+      status->grad_norm = norm;
+      status->clip = clip < 1 ? clip : 1.;
+    }
+    status->skip = skip ? kSkip : kGo;
     status->skipped += skip;
   }
 
@@ -61,11 +69,9 @@ struct Frame {
     if (scope_first[scope] == scope_first[scope + 1]) return;  // none of its tensors has a gradient
     const Row& row = rows[scope_first[scope]];
     const Totals totals{sums + int64_t(scope) * N, sums + int64_t(n_scopes) * N};
-    double now[K];
-    for (int k = 0; k < K; ++k) now[k] = load_shared(scope, k);
-    typename Rule::Shared s;
-    memcpy(&s, now, sizeof s);
+    typename Rule::Shared s = shared_of(scope);
     Rule::advance(s, totals, hyper[row.group]);
+    double now[K ? K : 1] = {};
     memcpy(now, &s, sizeof s);
     for (int k = 0; k < K; ++k) store_shared(scope, k, now[k]);
   }
@@ -73,13 +79,18 @@ struct Frame {
   TORSION_HD void set_coefficients(int32_t t) {
     const Row& row = rows[t];
     const bool first = first_step(row);
-    const float step = steps[row.tensor] += 1;
-    // Read back, so that float32 state gives after a resume what it gave before.
-    double now[K];
-    for (int k = 0; k < K; ++k) now[k] = load_shared(row.scope, k);
+    if constexpr (Rule::kCounts) steps[row.tensor] += 1;
+    const Site site{double(steps[row.tensor]), status->clip, first, row.scaled != 0, sums + int64_t(n_scopes) * N};
+    // The scope's state is read back, so that float32 state gives after a resume what it gave before.
+    coefficients[t] = Rule::template coefficients<double>(shared_of(row.scope), hyper[row.group], site);
+  }
+
+  TORSION_HD typename Rule::Shared shared_of(int32_t scope) const {
+    double now[K ? K : 1] = {};
+    for (int k = 0; k < K; ++k) now[k] = load_shared(scope, k);
     typename Rule::Shared s;
     memcpy(&s, now, sizeof s);
-    coefficients[t] = Rule::template coefficients<double>(s, hyper[row.group], Site{double(step), status->clip, first});
+    return s;
   }
 
   TORSION_HD double load_shared(int32_t scope, int k) const {

@@ -3,6 +3,8 @@
 // A step is one reduce and one update launch for each kind (storage type) in the table, whatever the number of tensors;
 // a table that changed costs one copy and one launch more. Everything goes to the caller's stream, nothing waits.
 #pragma once
+#include <bit>
+
 #include "engine/cuda.cuh"
 
 namespace torsion::cuda {
@@ -23,10 +25,23 @@ struct Rate {  // a learning rate on the device; null: the group's number holds
   bool is_double = false;
 };
 
+// The rule whose reduce kernels a rule takes: its own, or Rule::Summed, whose sums and scalars are the same text.
+template <class Rule>
+struct SummedBy {
+  using type = Rule;
+};
+template <class Rule>
+  requires requires { typename Rule::Summed; }
+struct SummedBy<Rule> {
+  using type = typename Rule::Summed;
+};
+
 template <class Rule, int Threads = kThreads>
 struct Runner {
   using F = Frame<Rule>;
-  using Kernel = void (*)(Launch<Rule>, Numbers<Rule>);
+  using Hyper = typename Rule::Hyper;
+  using Summed = typename SummedBy<Rule>::type;
+  using Kernel = void (*)(Launch<Summed>, Numbers<Hyper>);
   using UpdateKernel = void (*)(Launch<Rule>);
 
   static Layout layout(const Table& t) { return Layout(t, F::N, F::C, F::H); }
@@ -73,27 +88,25 @@ struct Runner {
     f.coefficients = reinterpret_cast<typename F::Coefficients*>(workspace + at.coefficients);
     Launch<Rule> l{};
     l.frame = f;
-    l.hyper = reinterpret_cast<typename Rule::Hyper*>(workspace + at.hyper);
+    l.hyper = reinterpret_cast<Hyper*>(workspace + at.hyper);
     l.ticket = reinterpret_cast<unsigned*>(workspace + at.ticket);
     return l;
   }
 
   // frame.sums is the caller's tensor in a split step, else null.
-  static void run(const F& frame, const Table& t, char* workspace, const std::vector<typename Rule::Hyper>& hyper,
+  static void run(const F& frame, const Table& t, char* workspace, const std::vector<Hyper>& hyper,
                   const std::vector<Rate>& rates, Phase phase, int64_t max_blocks, cudaStream_t stream) {
     Launch<Rule> l = bind(frame, t, workspace);
-    const Numbers<Rule> numbers = pass_numbers(hyper, rates, l.hyper, stream);
+    const Numbers<Hyper> numbers = pass_numbers(hyper, rates, l.hyper, stream);
     const Finish last = phase == Phase::whole ? Finish::step : phase == Phase::reduce ? Finish::sums : Finish::scalars;
     const int last_kind = last_kind_of(t);
-    if (phase == Phase::update || last_kind < 0) {
-      l.finish = last;
-      launch<Threads>(finalize_kernel<Rule, Threads>, 1, stream, l, numbers);
+    Launch<Summed> sums = for_summing(l);
+    const bool reduces = phase != Phase::update && last_kind >= 0 && summed_streams<Rule>().count > 0;
+    if (reduces) {
+      reduce(sums, numbers, t, last_kind, last, max_blocks, stream);
     } else {
-      for (int kind = 0; kind <= last_kind; ++kind) {
-        if (!take_kind(l, t, kind)) continue;
-        l.finish = kind == last_kind ? last : Finish::nothing;
-        launch<Threads>(kReduce[kind], blocks_for(l.pieces, max_blocks), stream, l, numbers);
-      }
+      sums.finish = last;
+      launch<Threads>(finalize_kernel<Summed, Threads>, 1, stream, sums, numbers);
     }
     if (phase == Phase::reduce) return;
     for (int kind = last_kind; kind >= 0; --kind)
@@ -101,13 +114,40 @@ struct Runner {
   }
 
  private:
-  static constexpr Kernel kReduce[kKinds] = {reduce_kernel<Rule, F32, Threads>,  reduce_kernel<Rule, F64, Threads>,
-                                             reduce_kernel<Rule, BF16, Threads>, reduce_kernel<Rule, F16, Threads>,
-                                             reduce_kernel<Rule, BF16, Threads>, reduce_kernel<Rule, F16, Threads>};
+  using Random = std::conditional_t<Rule::kRounds, Stochastic, Nearest>;
+  static constexpr Kernel kReduce[kKinds] = {reduce_kernel<Summed, F32, Threads>,  reduce_kernel<Summed, F64, Threads>,
+                                             reduce_kernel<Summed, BF16, Threads>, reduce_kernel<Summed, F16, Threads>,
+                                             reduce_kernel<Summed, BF16, Threads>, reduce_kernel<Summed, F16, Threads>};
   static constexpr UpdateKernel kUpdate[kKinds] = {
-      update_kernel<Rule, F32, Nearest, Threads>,     update_kernel<Rule, F64, Nearest, Threads>,
-      update_kernel<Rule, BF16, Nearest, Threads>,    update_kernel<Rule, F16, Nearest, Threads>,
-      update_kernel<Rule, BF16, Stochastic, Threads>, update_kernel<Rule, F16, Stochastic, Threads>};
+      update_kernel<Rule, F32, Nearest, Threads>,  update_kernel<Rule, F64, Nearest, Threads>,
+      update_kernel<Rule, BF16, Nearest, Threads>, update_kernel<Rule, F16, Nearest, Threads>,
+      update_kernel<Rule, BF16, Random, Threads>,  update_kernel<Rule, F16, Random, Threads>};
+
+  // `last` is what the last of the launches has to do.
+  static void reduce(Launch<Summed>& l, const Numbers<Hyper>& numbers, const Table& t, int last_kind, Finish last,
+                     int64_t max_blocks, cudaStream_t stream) {
+    if constexpr (summed_streams<Rule>().count > 0) {
+      for (int kind = 0; kind <= last_kind; ++kind) {
+        if (!take_kind(l, t, kind)) continue;
+        l.finish = kind == last_kind ? last : Finish::nothing;
+        launch<Threads>(kReduce[kind], blocks_for(l.pieces, max_blocks), stream, l, numbers);
+      }
+    }
+  }
+
+  static Launch<Summed> for_summing(const Launch<Rule>& l) {
+    if constexpr (std::is_same_v<Summed, Rule>) {
+      return l;
+    } else {
+      using G = Frame<Summed>;
+      constexpr Positions from = summed_streams<Rule>(), to = summed_streams<Summed>();
+      static_assert(std::is_same_v<typename Summed::Hyper, Hyper> && F::N == G::N && F::C == G::C && F::K == G::K);
+      static_assert(from.count == to.count);
+      auto sums = std::bit_cast<Launch<Summed>>(l);
+      for (int k = 0; k < from.count; ++k) sums.frame.slots.of[to.at[k]] = l.frame.slots.of[from.at[k]];
+      return sums;
+    }
+  }
 
   static int64_t blocks_for(int64_t work, int64_t max_blocks) {
     return std::max<int64_t>(1, std::min(work, max_blocks));
@@ -119,15 +159,16 @@ struct Runner {
     return kind;
   }
 
-  static bool take_kind(Launch<Rule>& l, const Table& t, int kind) {
+  template <class Any>
+  static bool take_kind(Launch<Any>& l, const Table& t, int kind) {
     l.first = t.kind_first[kind];
     l.pieces = t.kind_first[kind + 1] - l.first;
     return l.pieces > 0;
   }
 
-  static Numbers<Rule> pack(const std::vector<typename Rule::Hyper>& hyper, const std::vector<Rate>& rates,
-                            size_t first, size_t count) {
-    Numbers<Rule> n{};
+  static Numbers<Hyper> pack(const std::vector<Hyper>& hyper, const std::vector<Rate>& rates, size_t first,
+                             size_t count) {
+    Numbers<Hyper> n{};
     n.first = int32_t(first);
     n.groups = int32_t(count);
     for (size_t g = 0; g < count; ++g) {
@@ -138,12 +179,12 @@ struct Runner {
     return n;
   }
 
-  static Numbers<Rule> pass_numbers(const std::vector<typename Rule::Hyper>& hyper, const std::vector<Rate>& rates,
-                                    typename Rule::Hyper* device, cudaStream_t stream) {
-    constexpr size_t most = Numbers<Rule>::kGroups;
+  static Numbers<Hyper> pass_numbers(const std::vector<Hyper>& hyper, const std::vector<Rate>& rates, Hyper* device,
+                                     cudaStream_t stream) {
+    constexpr size_t most = Numbers<Hyper>::kGroups;
     if (hyper.size() <= most) return pack(hyper, rates, 0, hyper.size());
     for (size_t first = 0; first < hyper.size(); first += most)
-      launch<Threads>(resolve_kernel<Rule, Threads>, 1, stream,
+      launch<Threads>(resolve_kernel<Hyper, Threads>, 1, stream,
                       pack(hyper, rates, first, std::min(most, hyper.size() - first)), device);
     return {};
   }

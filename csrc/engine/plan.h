@@ -21,7 +21,7 @@ enum Kind : int32_t { kF32, kF64, kBF16, kF16, kBF16Stochastic, kF16Stochastic, 
 enum class Phase : int64_t { whole, reduce, update };
 
 struct Row {
-  void* at[kMaxStreams];  // in the order of Rule::streams
+  void* at[kMaxStreams];  // Slots says which stream of a rule each one is
   int64_t n;
   int64_t key;  // number of the first element in the unsharded tensor: where its random numbers start
   int64_t first_piece;
@@ -32,17 +32,26 @@ struct Row {
   int32_t scope;
   int32_t group;
   int32_t aligned;  // every pointer is a multiple of 16 bytes
+  int32_t scaled;   // a flag that the rule may ask for
+  int32_t unused;
+};
+
+// Which of a row's addresses each stream of a rule takes: rules of one family share a table.
+struct Slots {
+  int32_t of[kMaxStreams] = {0, 1, 2, 3, 4, 5, 6, 7};
 };
 
 struct Piece {
   int32_t row, chunk;
 };
 
+enum Skip : int64_t { kGo, kSkip, kSkippedBefore };
+
 // The last outcome of a step, kept on its device so that nobody has to wait for it. Python sees int64[4].
 struct Status {
-  int64_t skipped;   // steps skipped so far
+  int64_t skipped;   // steps skipped so far; one that spans several passes counts once
   double grad_norm;  // of all gradients, unscaled, before clipping
-  int64_t skip;      // this step is skipped
+  int64_t skip;      // a Skip
   double clip;       // factor of the gradient in this step
 };
 
@@ -106,7 +115,7 @@ inline bool is_aligned(const Row& row, int n_streams) {
 // Where the parts of a device table lie, in bytes from its start. The image (rows, scope_first) is written by the host;
 // the rest is the kernels' own.
 struct Layout {
-  int64_t rows, scope_first, image_end, pieces, partial, row_sums, sums, coefficients, hyper, ticket, end;
+  int64_t rows, scope_first, image_end, pieces, ticket, partial, row_sums, sums, coefficients, hyper, end;
   Layout(const Table& t, int n_sums, int n_coefficients, int n_hyper) {
     int64_t at = 0;
     auto take = [&](int64_t bytes) {
@@ -119,12 +128,12 @@ struct Layout {
     scope_first = take(int64_t(t.scope_first.size()) * 4);
     image_end = at;
     pieces = take(int64_t(t.pieces.size()) * int64_t(sizeof(Piece)));
+    ticket = take(16);  // up to here alike for all rules, which may take turns on one table
     partial = take(int64_t(t.pieces.size()) * n_sums * 8);
     row_sums = take(int64_t(t.rows.size()) * n_sums * 8);
     sums = take((int64_t(t.n_scopes) + 1) * n_sums * 8);
     coefficients = take(int64_t(t.rows.size()) * n_coefficients * 8);
     hyper = take(int64_t(t.n_groups) * n_hyper * 8);
-    ticket = take(16);
     end = at;
   }
 };

@@ -98,6 +98,11 @@ using F64 = Types<double, double, double, double>;
 using BF16 = Types<bf16, bf16, float, float>;
 using F16 = Types<f16, f16, float, float>;
 
+// Whether a stream is there at all for these storage types.
+template <class Stream, class T>
+inline constexpr bool is_stored =
+    !Stream::shadow || !std::is_same_v<typename T::template Of<Role::param>, typename T::template Of<Role::state>>;
+
 template <class Rule>
 constexpr int stream_count() {
   typename Rule::template Element<float> e{};

@@ -7,9 +7,8 @@
 
 #include "engine/frame.h"
 #include "engine/plan.h"
-#include "rules/adatam.h"
+#include "rules/cycle.h"
 #include "rules/philox.h"
-#include "rules/tam.h"
 #include "watch.h"
 
 namespace py = pybind11;
@@ -20,7 +19,7 @@ namespace {
 void build(Table& table, const std::vector<std::vector<uint64_t>>& pointers, const std::vector<int64_t>& numel,
            const std::vector<int32_t>& kinds, const std::vector<int32_t>& scopes, const std::vector<int32_t>& groups,
            const std::vector<int32_t>& slots, const std::vector<double>& weights, const std::vector<int64_t>& keys,
-           int32_t n_scopes, int32_t n_groups) {
+           int32_t n_scopes, int32_t n_groups, const std::vector<int32_t>& scaled) {
   if (pointers.empty() || pointers.size() > size_t(kMaxStreams)) throw std::invalid_argument("1 to 8 streams");
   table.rows.clear();
   table.n_scopes = n_scopes;
@@ -35,7 +34,8 @@ void build(Table& table, const std::vector<std::vector<uint64_t>>& pointers, con
     row.tensor = slots.at(i);
     row.weight = weights.empty() ? 1 : weights.at(i);
     row.key = keys.empty() ? 0 : keys.at(i);
-    row.aligned = is_aligned(row, int(pointers.size()));
+    row.scaled = scaled.empty() ? 0 : scaled.at(i);
+    row.aligned = is_aligned(row, kMaxStreams);
     if (row.kind < 0 || row.kind >= kKinds || row.scope < 0 || row.scope >= n_scopes || row.group < 0 ||
         row.group >= n_groups || row.tensor < 0 || row.n < 0)
       throw std::invalid_argument("row " + std::to_string(i) + " is out of range");
@@ -61,6 +61,24 @@ template <class Rule>
 int64_t workspace_bytes(const Table& table) {
   using F = Frame<Rule>;
   return Layout(table, F::N, F::C, F::H).end;
+}
+
+int64_t most_workspace_bytes(const Table& table) {
+  int64_t most = 0;
+  CycleRules::each([&]<class Rule>() { most = std::max(most, workspace_bytes<Rule>(table)); });
+  return most;
+}
+
+// Name of each of a cycle's rules -> its number and sizes.
+py::dict cycle_rules() {
+  py::dict rules;
+  int64_t number = 0;
+  CycleRules::each([&]<class Rule>() {
+    py::dict d = describe<Rule>();
+    d["number"] = number++;
+    rules[py::str(Rule::label())] = d;
+  });
+  return rules;
 }
 
 py::dict build_facts() {
@@ -105,7 +123,7 @@ PYBIND11_MODULE(_plan, m) {
       .def(py::init<>())
       .def("build", &build, py::arg("pointers"), py::arg("numel"), py::arg("kinds"), py::arg("scopes"),
            py::arg("groups"), py::arg("slots"), py::arg("weights"), py::arg("keys"), py::arg("n_scopes"),
-           py::arg("n_groups"))
+           py::arg("n_groups"), py::arg("scaled") = std::vector<int32_t>())
       .def_property_readonly("address", [](Table& t) { return reinterpret_cast<uintptr_t>(&t); })
       .def_property_readonly("rows", [](const Table& t) { return t.rows.size(); })
       .def_property_readonly("pieces", [](const Table& t) { return t.pieces.size(); })
@@ -121,6 +139,7 @@ PYBIND11_MODULE(_plan, m) {
       .def("workspace_bytes", [](const Table& t, const std::string& rule) {
         if (rule == Tam::kName) return workspace_bytes<Tam>(t);
         if (rule == AdaTam::kName) return workspace_bytes<AdaTam>(t);
+        if (rule == "lookbehind") return most_workspace_bytes(t);
         throw std::invalid_argument("no rule named " + rule);
       });
 
@@ -142,5 +161,6 @@ PYBIND11_MODULE(_plan, m) {
     d[AdaTam::kName] = describe<AdaTam>();
     return d;
   });
+  m.def("cycle_rules", &cycle_rules);
   m.def("build_facts", &build_facts);
 }

@@ -167,7 +167,7 @@ class Watch {
     if (address(t) == streams[1].data) return true;
     Row& row = e.table->rows[size_t(e.row)];
     row.at[1] = reinterpret_cast<void*>(address(t));
-    row.aligned = is_aligned(row, int(n));
+    row.aligned = is_aligned(row, kMaxStreams);
     streams[1].data = address(t);
     e.table->dirty = true;
     return true;

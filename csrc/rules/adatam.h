@@ -12,7 +12,7 @@
 
 namespace torsion {
 
-struct AdaTam {
+struct AdaTam : Defaults {
   static constexpr const char* kName = "adatam";
   template <class R>
   struct Element {
@@ -37,14 +37,13 @@ struct AdaTam {
     R beta1, damping, clip, coupled, beta2, one_minus_beta2, rsqrt_correction, eps, lr, shrink;
   };
 
-  template <class E, class S>
-  TORSION_HD static void reduce(const E& e, S s) {
+  template <class E, class N, class S>
+  TORSION_HD static void reduce(const E& e, const N&, S s) {
     Torque::reduce(e.exp_avg, e.grad, s);
   }
   TORSION_HD static void advance(Shared& shared, Totals totals, const Hyper& h) {
     Torque::advance(shared, totals.scope, h.decay);
   }
-  TORSION_HD static bool clones(const Hyper&) { return false; }
 
   template <class R>
   TORSION_HD static Coefficients<R> coefficients(const Shared& shared, const Hyper& h, const Site& site) {

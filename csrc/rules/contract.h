@@ -5,14 +5,16 @@
 //
 //   Element<R>            the values of one element, in the type R the maths runs in
 //   streams(e, f)         calls f(stream, value) once per array the rule touches; the only list of reads and writes
-//   Sums                  names of the sums, last one n_sums; kGradNorm2 says which of them is |gradient|^2
+//   Sums                  names of the sums, last one n_sums; kGradNorm2 says which of them is |gradient|^2, -1: none
 //   Hyper                 a group's numbers: doubles only, starts with Common
 //   Shared                a scope's state: doubles only
 //   Coefficients<R>       what update() needs, one set per tensor: R only
-//   reduce(e, s)          an element's contribution, s[k] += ...
+//   reduce(e, known, s)   an element's contribution, s[k] += ...
 //   advance(shared, totals, hyper)      moves a scope's state; once per scope and step
 //   coefficients(shared, hyper, site)   pure; once per tensor and step
 //   update(e, c)          the new values
+//
+// What a rule need not say is in Defaults.
 //
 // g++ and nvcc compile the same text, so what the tests run on a CPU is what a GPU computes.
 #pragma once
@@ -28,20 +30,25 @@
 namespace torsion {
 
 enum class Role { param, grad, state };  // decides the storage type
-enum class Io { read, write, update };   // update reads and writes
 
-// Reduced: reduce() reads this stream, so the reduce pass loads exactly these.
-template <Role R, Io I, bool Reduced = false>
+// A step runs reduce, then update; a rule with kRestores runs restore instead of the update of a step that is skipped.
+enum Pass : unsigned { kReduce = 1, kUpdate = 2, kRestore = 4 };
+
+// In which passes an array is read and written. Two streams may be one array: what an element loads, it loads before it
+// stores. A shadow is the parameter rounded from a state that holds it in full: where both are of one type, the state is
+// the parameter and the shadow is left out.
+template <Role R, unsigned Loads, unsigned Stores, bool Shadow = false>
 struct Stream {
   static constexpr Role role = R;
-  static constexpr Io io = I;
-  static constexpr bool reduced = Reduced;
-  TORSION_HD constexpr Stream<R, I, true> in_reduce() const { return {}; }
+  static constexpr bool shadow = Shadow;
+  TORSION_HD static constexpr bool loads(Pass p) { return Loads & p; }
+  TORSION_HD static constexpr bool stores(Pass p) { return Stores & p; }
+  TORSION_HD constexpr Stream<R, Loads | kReduce, Stores, Shadow> in_reduce() const { return {}; }
 };
 
-inline constexpr Stream<Role::param, Io::update> kParam{};
-inline constexpr Stream<Role::grad, Io::read> kGrad{};
-inline constexpr Stream<Role::state, Io::update> kState{};
+inline constexpr Stream<Role::param, kUpdate, kUpdate> kParam{};
+inline constexpr Stream<Role::grad, kUpdate, 0> kGrad{};
+inline constexpr Stream<Role::state, kUpdate, kUpdate> kState{};
 
 // Every group has these; rules append their own. Booleans are 0 or 1. A NaN lr stands for a rate held in a tensor.
 struct Common {
@@ -52,13 +59,35 @@ struct Common {
 struct Site {
   double step;  // the tensor's own steps, this one included
   double clip;  // factor of the raw gradient, min(1, max_norm / (norm + 1e-6))
-  bool first;   // the tensor's first step under init="clone"
+  bool first;   // the tensor's first step, of a rule that clones
+  bool scaled;  // the row's flag
+  const double* all;  // sums over every tensor of the step
 };
 
 // Sums over the tensor's scope and over every tensor of the step.
 struct Totals {
   const double* scope;
   const double* all;
+};
+
+struct Defaults {
+  static constexpr bool kRestores = false;  // restore(e) undoes what earlier steps did, in a step that is skipped
+  static constexpr bool kCounts = true;     // a step of the rule is a step of the optimizer
+  static constexpr bool kRounds = true;     // takes part in stochastic rounding
+
+  // What reduce() needs to know of a tensor: R only.
+  template <class R>
+  struct Known {};
+  template <class R, class H>
+  TORSION_HD static Known<R> known(const H&, bool /*scaled*/) {
+    return {};
+  }
+
+  // Whether a tensor's first step stays out of its scope's sums.
+  template <class H>
+  TORSION_HD static bool clones(const H&) {
+    return false;
+  }
 };
 
 }  // namespace torsion

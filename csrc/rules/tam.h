@@ -36,7 +36,7 @@ struct Torque {
   }
 };
 
-struct Tam {
+struct Tam : Defaults {
   static constexpr const char* kName = "tam";
   template <class R>
   struct Element {
@@ -60,8 +60,8 @@ struct Tam {
     R momentum, damping, clip, coupled, lr, shrink;
   };
 
-  template <class E, class S>
-  TORSION_HD static void reduce(const E& e, S s) {
+  template <class E, class N, class S>
+  TORSION_HD static void reduce(const E& e, const N&, S s) {
     Torque::reduce(e.momentum, e.grad, s);
   }
   TORSION_HD static void advance(Shared& shared, Totals totals, const Hyper& h) {

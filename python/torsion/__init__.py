@@ -1,7 +1,8 @@
-"""Fused torque-aware optimizers for PyTorch: TAM, AdaTAM, AdaTAMW (arXiv 2412.18790).
+"""Fused optimizers for PyTorch: TAM, AdaTAM, AdaTAMW (arXiv 2412.18790), Lookbehind-SAM (arXiv 2307.16704), SAM.
 
     import torsion
     optimizer = torsion.TAM(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = torsion.Lookbehind(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), k=5)
 
 Each is a ``torch.optim.Optimizer``; ``torsion.backends()`` says what runs underneath, and ``torsion doctor`` why.
 """
@@ -16,6 +17,18 @@ except PackageNotFoundError:  # run from a source tree that was never installed
 
 from torsion import ops, optim, reference
 from torsion.ops import backends, build_info
-from torsion.optim import TAM, AdaTAM, AdaTAMW
+from torsion.optim import SAM, TAM, AdaTAM, AdaTAMW, Lookbehind
 
-__all__ = ["TAM", "AdaTAM", "AdaTAMW", "__version__", "backends", "build_info", "ops", "optim", "reference"]
+__all__ = [
+    "SAM",
+    "TAM",
+    "AdaTAM",
+    "AdaTAMW",
+    "Lookbehind",
+    "__version__",
+    "backends",
+    "build_info",
+    "ops",
+    "optim",
+    "reference",
+]

@@ -1,31 +1,10 @@
 // The CUDA engine against the CPU runner, on a CPU. `engine_test` runs every check below, `engine_test NAME...` those
 // named; each prints one line; the exit status is the number of failures.
-#include <cstdio>
-#include <map>
-
+#include "checks.h"
 #include "world.h"
 
 namespace torsion::test {
 namespace {
-
-#define REQUIRE(condition, ...) \
-  if (!(condition)) throw std::runtime_error(std::string(#condition) + " " + describe(__VA_ARGS__))
-
-std::string describe() { return {}; }
-std::string describe(const std::string& s) { return s; }
-std::string describe(double x) { return std::to_string(x); }
-
-// Odd sizes, a piece exactly, several pieces, and misaligned tensors on both sides of a piece.
-std::vector<Spec> sizes(int32_t kind) {
-  return {{0, kind},
-          {1, kind},
-          {7, kind},
-          {333, kind},
-          {16384, kind},
-          {50001, kind},
-          {.n = 333, .kind = kind, .offset = 1},
-          {.n = 16390, .kind = kind, .offset = 1}};
-}
 
 // Same bits after every step.
 template <class Rule, int Threads = 1>
@@ -47,18 +26,6 @@ template <class Check>
 void for_rules(Check check) {
   check.template operator()<Tam>();
   check.template operator()<AdaTam>();
-}
-
-Setup mixed() {
-  Setup s{.scopes = 5, .groups = 3, .shared_double = true};
-  for (int t = 0; t < 26; ++t)  // scope 3 stays empty; the scopes come out of order
-    s.tensors.push_back({.n = 37 * t % 200 * (t % 5 == 0 ? 90 : 1),
-                         .kind = t % kKinds,
-                         .scope = (t * 7) % 5 == 3 ? 4 : (t * 7) % 5,
-                         .group = t % 3,
-                         .offset = t % 4 == 1,
-                         .weight = t % 7 == 0 ? .5 : 1.});
-  return s;
 }
 
 void kinds() {
@@ -328,13 +295,13 @@ void far_pieces() {
   row.n = 5'000'000'003;
   row.aligned = 1;
   const int32_t last = int32_t(chunks_of(row.n)) - 1;
-  const B::Span far(row, 300'000, true), end(row, last, true), scalar(row, last, false);
+  const B::Span far(row, {}, 300'000, true), end(row, {}, last, true), scalar(row, {}, last, false);
   REQUIRE(far.begin == 4'915'200'000 && far.end == far.begin + kChunk && far.vector_end == far.end);
   REQUIRE(end.begin == int64_t(last) * kChunk && end.end == row.n && end.vector_end == row.n - 3);
   REQUIRE(scalar.vector_end == scalar.begin);
 }
 
-const std::map<std::string, void (*)()> kChecks = {
+const Checks kChecks = {
     {"kinds", kinds},
     {"scopes_groups_kinds", scopes_groups_kinds},
     {"clone_first_step", clone_first_step},
@@ -355,27 +322,7 @@ const std::map<std::string, void (*)()> kChecks = {
     {"far_pieces", far_pieces},
 };
 
-int run(const std::string& name) {
-  const auto check = kChecks.find(name);
-  try {
-    if (check == kChecks.end()) throw std::runtime_error("no such check");
-    check->second();
-    std::printf("ok %s\n", name.c_str());
-    return 0;
-  } catch (const std::exception& error) {
-    std::printf("FAILED %s: %s\n", name.c_str(), error.what());
-    return 1;
-  }
-}
-
 }  // namespace
 }  // namespace torsion::test
 
-int main(int count, char** names) {
-  using namespace torsion::test;
-  int failures = 0;
-  if (count == 1)
-    for (const auto& check : kChecks) failures += run(check.first);
-  for (int i = 1; i < count; ++i) failures += run(names[i]);
-  return failures;
-}
+int main(int count, char** names) { return torsion::test::run_checks(torsion::test::kChecks, count, names); }

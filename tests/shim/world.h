@@ -23,6 +23,7 @@ struct Spec {
   int64_t key = 0;
   double weight = 1;
   float steps = 0;
+  bool scaled = false;
 };
 
 struct Setup {
@@ -53,6 +54,77 @@ inline void put(void* at, int32_t kind, int stream, int64_t i, double x) {
     static_cast<f16*>(at)[i] = Narrow<f16>::nearest(float(x));
 }
 
+// [tensor][stream], guards on both sides.
+using Memory = std::vector<std::vector<std::vector<uint4>>>;
+constexpr int kGuard = 2;
+
+inline void* allocate(std::vector<std::vector<uint4>>& streams, const Spec& spec, int stream) {
+  const size_t size = size_of(spec.kind, stream);
+  streams.emplace_back((size_t(spec.n) + size_t(spec.offset)) * size / 16 + 1 + 2 * kGuard,
+                       uint4{0x5a5a5a5a, 0x5a5a5a5a, 0x5a5a5a5a, 0x5a5a5a5a});
+  return reinterpret_cast<char*>(streams.back().data() + kGuard) + size_t(spec.offset) * size;
+}
+
+inline std::string first_difference(const Memory& one, const Memory& other) {
+  for (size_t t = 0; t < one.size(); ++t)
+    for (size_t k = 0; k < one[t].size(); ++k) {
+      const auto &a = one[t][k], &b = other[t][k];
+      if (memcmp(a.data(), b.data(), a.size() * 16) == 0) continue;
+      const auto *x = reinterpret_cast<const char*>(a.data()), *y = reinterpret_cast<const char*>(b.data());
+      size_t i = 0;
+      while (x[i] == y[i]) ++i;
+      return "tensor " + std::to_string(t) + " stream " + std::to_string(k) + " byte " +
+             std::to_string(int64_t(i) - 16 * kGuard);
+    }
+  return {};
+}
+
+inline Row row_of(const Spec& spec, int32_t slot) {
+  Row row{};
+  row.n = spec.n;
+  row.key = spec.key;
+  row.weight = spec.weight;
+  row.kind = spec.kind;
+  row.tensor = slot;
+  row.scope = spec.scope;
+  row.group = spec.group;
+  row.scaled = spec.scaled;
+  return row;
+}
+
+inline Common common_numbers(int g) {
+  return {.lr = .1 / (1 + g),
+          .weight_decay = .01 * g,
+          .decoupled = double(g % 2),
+          .maximize = double(g % 3 == 1),
+          .stochastic = 0,
+          .seed = 1e12 + g};
+}
+
+// Odd sizes, a piece exactly, several pieces, and misaligned tensors on both sides of a piece.
+inline std::vector<Spec> sizes(int32_t kind) {
+  return {{0, kind},
+          {1, kind},
+          {7, kind},
+          {333, kind},
+          {16384, kind},
+          {50001, kind},
+          {.n = 333, .kind = kind, .offset = 1},
+          {.n = 16390, .kind = kind, .offset = 1}};
+}
+
+inline Setup mixed() {
+  Setup s{.scopes = 5, .groups = 3, .shared_double = true};
+  for (int t = 0; t < 26; ++t)  // scope 3 stays empty; the scopes come out of order
+    s.tensors.push_back({.n = 37 * t % 200 * (t % 5 == 0 ? 90 : 1),
+                         .kind = t % kKinds,
+                         .scope = (t * 7) % 5 == 3 ? 4 : (t * 7) % 5,
+                         .group = t % 3,
+                         .offset = t % 4 == 1,
+                         .weight = t % 7 == 0 ? .5 : 1.});
+  return s;
+}
+
 inline void set_rule(Tam::Hyper& h, const Setup& s, int g) {
   h.momentum = .9 - .01 * g;
   h.decay = .875;
@@ -71,11 +143,11 @@ inline void set_rule(AdaTam::Hyper& h, const Setup&, int g) {
 template <class Rule>
 struct World {
   using F = Frame<Rule>;
-  static constexpr int S = n_streams<Rule>, kGuard = 2;
+  static constexpr int S = n_streams<Rule>;
 
   const Setup& setup;
   Table table;
-  std::vector<std::vector<std::vector<uint4>>> memory;  // [tensor][stream], guards on both sides
+  Memory memory;
   std::vector<double> shared;
   std::vector<float> steps;
   Status status{};
@@ -92,11 +164,7 @@ struct World {
     sums.assign((size_t(setup.scopes) + 1) * F::N, -1.);
     for (int g = 0; g < setup.groups; ++g) {
       typename Rule::Hyper h{};
-      h.lr = .1 / (1 + g);
-      h.weight_decay = .01 * g;
-      h.decoupled = g % 2;
-      h.maximize = g % 3 == 1;
-      h.seed = 1e12 + g;
+      static_cast<Common&>(h) = common_numbers(g);
       set_rule(h, setup, g);
       hyper.push_back(h);
     }
@@ -105,21 +173,9 @@ struct World {
   }
 
   void add(const Spec& spec, int32_t slot) {
-    Row row{};
+    Row row = row_of(spec, slot);
     memory.emplace_back();
-    for (int k = 0; k < S; ++k) {
-      const size_t size = size_of(spec.kind, k);
-      memory.back().emplace_back((size_t(spec.n) + size_t(spec.offset)) * size / 16 + 1 + 2 * kGuard,
-                                 uint4{0x5a5a5a5a, 0x5a5a5a5a, 0x5a5a5a5a, 0x5a5a5a5a});
-      row.at[k] = reinterpret_cast<char*>(memory.back().back().data() + kGuard) + size_t(spec.offset) * size;
-    }
-    row.n = spec.n;
-    row.key = spec.key;
-    row.weight = spec.weight;
-    row.kind = spec.kind;
-    row.tensor = slot;
-    row.scope = spec.scope;
-    row.group = spec.group;
+    for (int k = 0; k < S; ++k) row.at[k] = allocate(memory.back(), spec, k);
     row.aligned = is_aligned(row, S);
     table.rows.push_back(row);
     steps.push_back(spec.steps);
@@ -152,6 +208,7 @@ struct World {
     f.grad_scale = setup.grad_scale ? &*setup.grad_scale : nullptr;
     f.found_inf = setup.found_inf ? &*setup.found_inf : nullptr;
     f.max_norm = setup.max_norm;
+    f.opens = true;
     return f;
   }
 
@@ -201,16 +258,7 @@ struct World {
 
   // Empty when everything has the same bits, guards included; else the first difference.
   std::string differs(const World& other) const {
-    for (size_t t = 0; t < memory.size(); ++t)
-      for (int k = 0; k < S; ++k) {
-        const auto &a = memory[t][size_t(k)], &b = other.memory[t][size_t(k)];
-        if (memcmp(a.data(), b.data(), a.size() * 16) == 0) continue;
-        const auto *x = reinterpret_cast<const char*>(a.data()), *y = reinterpret_cast<const char*>(b.data());
-        size_t i = 0;
-        while (x[i] == y[i]) ++i;
-        return "tensor " + std::to_string(t) + " stream " + std::to_string(k) + " byte " +
-               std::to_string(int64_t(i) - 16 * kGuard);
-      }
+    if (const std::string where = first_difference(memory, other.memory); !where.empty()) return where;
     if (shared.size() && memcmp(shared.data(), other.shared.data(), shared.size() * 8) != 0) return "shared";
     if (steps != other.steps) return "steps";
     if (memcmp(&status, &other.status, sizeof status) != 0) return "status";

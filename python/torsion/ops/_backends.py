@@ -9,7 +9,7 @@ from typing import TypedDict
 import torch
 
 from torsion.ops import _native
-from torsion.ops._rules import RULES
+from torsion.ops._rules import PASSES, RULES
 
 NAMES = ("cuda", "triton", "cpu", "reference")
 
@@ -91,7 +91,7 @@ def backends() -> dict[str, Choice]:
     chosen, why = choose(device)
     devices = ("cuda", "cpu") if device == "cuda" else ("cpu",)
     available = [name for name in NAMES if any(not obstacle(name, d) for d in devices)]
-    return {op: Choice(chosen=chosen, available=available, why=why) for op in RULES}
+    return {op: Choice(chosen=chosen, available=available, why=why) for op in (*RULES, *PASSES)}
 
 
 def build_info() -> dict[str, object]:

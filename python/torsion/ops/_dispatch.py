@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torsion.ops import _backends, _native
-from torsion.ops._frame import Step
+from torsion.ops._frame import Phase, Step
 from torsion.ops._rules import ADATAM, RULES, TAM, Rule
 
 
@@ -41,6 +41,27 @@ def apply_(rule: Rule, step: Step, sums: Tensor | None, backend: str) -> None:
             _triton(rule).apply_(step, sums)
 
 
+def reduce_phase(phase: Phase, backend: str) -> Tensor:
+    """Sums of a pass of a Lookbehind cycle on a Python back end: float64 ``[S + 1, N]``."""
+    with torch.no_grad():
+        if backend == "triton":
+            return importlib.import_module("torsion.triton_kernels.lookbehind").reduce(phase)  # type: ignore[no-any-return]
+        return importlib.import_module("torsion.reference.lookbehind").phase_sums(phase)  # type: ignore[no-any-return]
+
+
+def run_phase_(phase: Phase, sums: Tensor | None, backend: str) -> None:
+    """The rest of such a pass; a whole one when ``sums`` is None."""
+    with torch.no_grad():
+        if backend != "triton":
+            importlib.import_module("torsion.reference.lookbehind").phase_(phase, sums)
+            return
+        kernels = importlib.import_module("torsion.triton_kernels.lookbehind")
+        if sums is None:
+            kernels.step_(phase)
+        else:
+            kernels.apply_(phase, sums)
+
+
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -56,41 +77,51 @@ def _dense(t: Tensor) -> bool:
     return t.numel() == 0 or [stride for stride, _ in places] == spans[:-1]
 
 
-def _refuse_misfits(rule: Rule, step: Step) -> None:
+def refuse_misfits(name: str, step: Step, streams: Mapping[str, Sequence[Tensor]]) -> None:
     """What compiled code and Triton refuse by themselves, for the reference, which would broadcast it.
+
+    Args:
+        name: of the rule, for the messages.
+        step: everything but the lists of tensors.
+        streams: lists by name; those of parameters and gradients have the parameters' dtype, the others the state's.
 
     Raises:
         RuntimeError: tensors whose dtype, layout, device or number do not fit.
     """
-    n, lists = len(step.params), [step.params, step.grads, *step.states]
+    n = len(step.params)
 
     def need(good: bool, problem: str) -> None:
         if not good:
-            raise RuntimeError(f"{rule.name}: {problem}")
+            raise RuntimeError(f"{name}: {problem}")
 
-    for tensors in lists:
-        need(len(tensors) == n, f"lists differ in length: {n} params, a list of {len(tensors)}")
-    for name, numbers, limit in (
+    for what, tensors in streams.items():
+        need(len(tensors) == n, f"lists differ in length: {n} params, {len(tensors)} of {what}")
+    for what, numbers, limit in (
         ("scopes", step.scopes, step.shared.shape[0]),
         ("groups", step.groups, step.hyper.shape[0]),
         ("slots", step.slots, step.steps.numel()),
     ):
-        need(len(numbers) == n, f"{name} needs one entry per tensor")
+        need(len(numbers) == n, f"{what} needs one entry per tensor")
         for i, x in enumerate(numbers):
-            need(0 <= x < limit, f"{name}[{i}] = {x} is out of range")
+            need(0 <= x < limit, f"{what}[{i}] = {x} is out of range")
     rates = int(step.hyper[:, 0].isnan().sum())
     need(rates <= len(step.lrs), f"hyper asks for {rates} learning rates, lrs holds {len(step.lrs)}")
     for i, p in enumerate(step.params):
         need(p.dtype in _DTYPES, f"params[{i}] must be float32, float64, bfloat16 or float16, is {p.dtype}")
         need(_dense(p), f"params[{i}] has holes or overlaps in memory; pass a contiguous copy")
         places = [st if size > 1 else 0 for st, size in zip(p.stride(), p.shape, strict=True)]
-        for k, tensors in enumerate(lists):
-            t, where = tensors[i], f"list {k}, tensor {i}"
-            dtype = p.dtype if k < 2 or p.dtype == torch.float64 else torch.float32
+        for what, tensors in streams.items():
+            t, where = tensors[i], f"{what}, tensor {i}"
+            own_dtype = tensors is step.params or tensors is step.grads or p.dtype == torch.float64
+            dtype = p.dtype if own_dtype else torch.float32
             need(t.dtype == dtype, f"{where} has the wrong dtype: {t.dtype}, not {dtype}")
             need(t.device == step.shared.device, f"{where} is on another device")
             own = [st if size > 1 else 0 for st, size in zip(t.stride(), t.shape, strict=True)]
             need(t.shape == p.shape and own == places, f"{where} differs from its parameter in sizes or strides")
+
+
+def _streams(step: Step) -> dict[str, Sequence[Tensor]]:
+    return {f"list {k}": tensors for k, tensors in enumerate((step.params, step.grads, *step.states))}
 
 
 def run_(rule: Rule, step: Step, backend: str | None) -> None:
@@ -104,7 +135,7 @@ def run_(rule: Rule, step: Step, backend: str | None) -> None:
     chosen = _backends.choose(device, backend)[0]
     if chosen in ("triton", "reference"):
         if chosen == "reference":
-            _refuse_misfits(rule, step)
+            refuse_misfits(rule.name, step, _streams(step))
         apply_(rule, step, None, chosen)
         torch.autograd.graph.increment_version(_written(step))
         return
@@ -122,7 +153,7 @@ def _kernel(rule: Rule, backend: str) -> Callable[..., None]:
         states, rest = rest[:n_states], rest[n_states:]
         step = Step(params, grads, states, *rest)
         if backend == "reference":
-            _refuse_misfits(rule, step)
+            refuse_misfits(rule.name, step, _streams(step))
         apply_(rule, step, None, backend)
 
     return kernel

@@ -17,7 +17,8 @@ SUMS = ("mg", "gg", "mm")
 """Columns of the sums: <m, g>, |g|^2, |m|^2, in float64."""
 
 STATUS = ("skipped", "grad_norm", "skip", "clip")
-"""``status`` is int64[4]; ``grad_norm`` and ``clip`` are the bits of a float64, so that one tensor holds all four."""
+"""``status`` is int64[4]: ``skip`` is 0 or 1, in later passes of an outer step also 2; ``grad_norm`` and ``clip`` are
+the bits of a float64, so that one tensor holds all four."""
 
 
 @dataclass
@@ -57,3 +58,39 @@ class Step:
     max_grad_norm: float | None = None
     weights: Sequence[float] = field(default_factory=tuple)
     keys: Sequence[int] = field(default_factory=tuple)
+
+
+@dataclass
+class Phase(Step):
+    """One pass of a Lookbehind cycle over n tensors; ``csrc/rules/lookbehind.h`` has the rules.
+
+    An ascent has neither ``states`` nor ``source`` and ``target``; the rest is as in :class:`Step`. ``steps`` counts
+    the base's steps. A pass that is skipped gives the parameters the slow weights.
+
+    Attributes:
+        rule: name of the pass and of the base: "opening_ascent", "ascent", "descent_ascent/<base>", "descent/<base>",
+            "descent_blend/<base>", "blend", "blend/adaptive"; with "/asam" behind an ascent that is scaled.
+        source: n tensors, float32 (float64 for float64 parameters) as all below: fast weights before the descent;
+            for a blend those after the last.
+        target: n tensors that receive the fast weights; may be those of ``source``.
+        slow: n tensors; the opening ascent writes them, the others read.
+        first: n tensors, the fast weights after the first descent, for an adaptive blend.
+        perturbed: n tensors; those of ``params`` themselves where these have the state's dtype, else ``params`` are
+            their rounded copies.
+        scaled: whether ASAM scales each tensor.
+        opens: the first pass of an outer step. The others do nothing once it is skipped (``status[2]`` is then 2).
+    """
+
+    rule: str = ""
+    source: Sequence[Tensor] = ()
+    target: Sequence[Tensor] = ()
+    slow: Sequence[Tensor] = ()
+    first: Sequence[Tensor] = ()
+    perturbed: Sequence[Tensor] = ()
+    scaled: Sequence[bool] = ()
+    opens: bool = True
+
+    @property
+    def pass_name(self) -> str:
+        """The first part of ``rule``."""
+        return self.rule.partition("/")[0]

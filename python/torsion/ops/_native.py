@@ -65,5 +65,5 @@ def _fake(*_args: Any) -> None:
     """Every op works in place and returns nothing."""
 
 
-for _name in (*_SCHEMAS, *(f"{n}planned_" for n in _SCHEMAS if C is not None)):
+for _name in (*_SCHEMAS, *(f"{n}planned_" for n in (*_SCHEMAS, "lookbehind_") if C is not None)):
     torch.library.register_fake(f"torsion::{_name}", _fake)

@@ -34,3 +34,21 @@ ADATAM = Rule(
     (*COMMON_HYPER, "beta1", "beta2", "eps", "decay", "eps_damping", "bias_correction"),
 )
 RULES = {rule.op: rule for rule in (TAM, ADATAM)}
+
+CYCLE_HYPER = ("rho", "eta", "alpha")
+"""Columns of ``hyper`` behind the base's (behind the common ones for a pass without a base) in a Lookbehind cycle."""
+
+SGD = Rule("sgd", (), (*COMMON_HYPER, "momentum", "dampening", "nesterov"))
+SGD_MOMENTUM = Rule("sgd_momentum", ("momentum_buffer",), SGD.hyper)
+ADAM = Rule("adam", ("exp_avg", "exp_avg_sq"), (*COMMON_HYPER, "beta1", "beta2", "eps"))
+BASES = {rule.name: rule for rule in (SGD, SGD_MOMENTUM, ADAM, TAM, ADATAM)}
+"""Rules that a cycle can descend with."""
+
+PASSES = ("ascent_", "descent_ascent_", "descent_", "descent_blend_", "blend_")
+"""Ops of a Lookbehind cycle."""
+
+
+def columns(phase_rule: str) -> tuple[str, ...]:
+    """Names of the columns of ``hyper`` that a pass of a cycle takes."""
+    base = BASES.get(phase_rule.split("/")[1]) if phase_rule.count("/") else None
+    return (*(base.hyper if base else COMMON_HYPER), *CYCLE_HYPER)

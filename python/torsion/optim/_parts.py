@@ -14,8 +14,8 @@ from torsion.ops import _dispatch, _native
 from torsion.ops._frame import SHARED, Step
 from torsion.ops._rules import Rule
 
-_KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_STOCHASTIC = {torch.bfloat16: 4, torch.float16: 5}
+KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+STOCHASTIC_KINDS = {torch.bfloat16: 4, torch.float16: 5}
 
 
 class Flat:
@@ -115,7 +115,7 @@ class Part:
         self.table.build(
             pointers=[array("Q", (t.data_ptr() for t in stream)) for stream in streams],
             numel=array("q", (m.param.numel() for m in members)),
-            kinds=[(_KINDS | _STOCHASTIC if m.stochastic else _KINDS)[m.param.dtype] for m in members],
+            kinds=[(KINDS | STOCHASTIC_KINDS if m.stochastic else KINDS)[m.param.dtype] for m in members],
             scopes=[m.scope for m in members],
             groups=[m.group for m in members],
             slots=[m.slot for m in members],

@@ -1,11 +1,35 @@
 """The executable specification: each method in plain PyTorch, any float dtype, one function named as its op.
 
 Tests and benchmarks compare the kernels with these; they also are the back end of last resort. Slow, and meant to be
-read beside the paper.
+read beside the paper. A Lookbehind cycle is made of several passes, see :mod:`torsion.reference.lookbehind`.
 """
 
 from torsion.reference.adatam import adatam_, adatam_sums
+from torsion.reference.lookbehind import (
+    ascent_,
+    blend_,
+    descent_,
+    descent_ascent_,
+    descent_blend_,
+    phase_,
+    phase_sums,
+)
 from torsion.reference.philox import philox, rounding_bits, stochastic_round
 from torsion.reference.tam import tam_, tam_sums
 
-__all__ = ["adatam_", "adatam_sums", "philox", "rounding_bits", "stochastic_round", "tam_", "tam_sums"]
+__all__ = [
+    "adatam_",
+    "adatam_sums",
+    "ascent_",
+    "blend_",
+    "descent_",
+    "descent_ascent_",
+    "descent_blend_",
+    "phase_",
+    "phase_sums",
+    "philox",
+    "rounding_bits",
+    "stochastic_round",
+    "tam_",
+    "tam_sums",
+]

@@ -8,6 +8,24 @@ from torch import Tensor
 from torsion.ops._frame import Step
 from torsion.ops._rules import ADATAM
 from torsion.reference import _torque
+from torsion.reference._step import Base, Pass, Site
+
+
+def descend(at: Site, theta: Tensor, grad: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The equations of :func:`adatam_` on one tensor: its new (theta, m, v)."""
+    h = at.numbers
+    damping = h["eps_damping"] + (1 + at.shared[0]) / 2
+    correction = torch.where(h["bias_correction"] != 0, (1 - h["beta2"] ** at.step).rsqrt(), 1.0)
+    clip, damping, correction, eps, lr = at.cast(at.clip, damping, correction, h["eps"], h["lr"])
+    beta1, beta2, one_minus_beta2 = at.cast(h["beta1"], h["beta2"], 1 - h["beta2"])
+    coupled, shrink = at.cast(*at.decay())
+    grad = clip * grad
+    m = beta1 * m + damping * (grad + coupled * theta)
+    v = beta2 * v + one_minus_beta2 * grad * grad
+    return shrink * theta - lr * (m / (v.sqrt() * correction + eps)), m, v
+
+
+BASE = Base(ADATAM, _torque.N_SUMS, _torque.GRAD_NORM2, _torque.reduce, descend, _torque.advance)
 
 
 def adatam_(step: Step, sums: Tensor | None = None) -> None:
@@ -26,29 +44,18 @@ def adatam_(step: Step, sums: Tensor | None = None) -> None:
         step: the tensors; see :class:`torsion.ops.Step` for shapes and dtypes.
         sums: float64 ``[S + 1, 3]`` where they come from elsewhere (an all-reduce); computed when None.
     """
-    scalars = _torque.Scalars(ADATAM, step)
-    if sums is None:
-        sums = _torque.reduce(ADATAM, step)
-    skip, clip = _torque.advance(scalars, sums)
-    _torque.count(step, skip)
+    tensors = Pass(step, ADATAM.hyper, BASE)
+    sums = adatam_sums(step) if sums is None else sums
+    tensors.decide(sums, BASE.grad_norm2)
+    tensors.advance(sums)
     for i, (param, exp_avg, exp_avg_sq) in enumerate(zip(step.params, *step.states, strict=True)):
-        h, dtype = scalars.hyper[step.groups[i]], exp_avg.dtype
-        theta, grad = param.to(dtype), clip.to(dtype) * scalars.grad(i)
-        decoupled = h["decoupled"] != 0
-        coupled = torch.where(decoupled, torch.zeros_like(h["lr"]), h["weight_decay"]).to(dtype)
-        shrink = torch.where(decoupled, 1 - h["lr"] * h["weight_decay"], torch.ones_like(h["lr"])).to(dtype)
-        damping = (h["eps_damping"] + (1 + step.shared[step.scopes[i], 0].double()) / 2).to(dtype)
-        t = step.steps[step.slots[i]].double()
-        correction = torch.where(h["bias_correction"] != 0, (1 - h["beta2"] ** t).rsqrt(), torch.ones_like(t)).to(dtype)
-
-        m = h["beta1"].to(dtype) * exp_avg + damping * (grad + coupled * theta)
-        v = h["beta2"].to(dtype) * exp_avg_sq + (1 - h["beta2"]).to(dtype) * grad * grad
-        move = m / (v.sqrt() * correction + h["eps"].to(dtype))
-        _torque.write(scalars, i, param, shrink * theta - h["lr"].to(dtype) * move, skip)
-        _torque.write(scalars, i, exp_avg, m, skip)
-        _torque.write(scalars, i, exp_avg_sq, v, skip)
+        theta, m, v = tensors.descend(i, param, tensors.grad(i))
+        tensors.write(param, tensors.rounded(i, theta))
+        tensors.write(exp_avg, m)
+        tensors.write(exp_avg_sq, v)
 
 
 def adatam_sums(step: Step) -> Tensor:
     """The sums :func:`adatam_` starts from: float64 ``[S + 1, 3]``, the last row over every tensor."""
-    return _torque.reduce(ADATAM, step)
+    tensors = Pass(step, ADATAM.hyper, BASE)
+    return tensors.add_up(tensors.base_sums, BASE.n_sums)

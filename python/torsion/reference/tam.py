@@ -8,6 +8,23 @@ from torch import Tensor
 from torsion.ops._frame import Step
 from torsion.ops._rules import TAM
 from torsion.reference import _torque
+from torsion.reference._step import Base, Pass, Site
+
+
+def descend(at: Site, theta: Tensor, grad: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+    """The equations of :func:`tam_` on one tensor: its new (theta, m)."""
+    h = at.numbers
+    damping = torch.where(at.first, 1.0, h["eps_damping"] + (1 + at.shared[0]) / 2)
+    momentum = torch.where(at.first, 0.0, h["momentum"])
+    clip, momentum, damping, lr = at.cast(at.clip, momentum, damping, h["lr"])
+    coupled, shrink = at.cast(*at.decay())
+    m = momentum * m + damping * (clip * grad + coupled * theta)
+    return shrink * theta - lr * m, m
+
+
+BASE = Base(
+    TAM, _torque.N_SUMS, _torque.GRAD_NORM2, _torque.reduce, descend, _torque.advance, lambda h: h["clone"] != 0
+)
 
 
 def tam_(step: Step, sums: Tensor | None = None) -> None:
@@ -25,27 +42,17 @@ def tam_(step: Step, sums: Tensor | None = None) -> None:
         step: the tensors; see :class:`torsion.ops.Step` for shapes and dtypes.
         sums: float64 ``[S + 1, 3]`` where they come from elsewhere (an all-reduce); computed when None.
     """
-    scalars = _torque.Scalars(TAM, step)
-    if sums is None:
-        sums = _torque.reduce(TAM, step)
-    first = [scalars.first(i) for i in range(len(step.params))]
-    skip, clip = _torque.advance(scalars, sums)
-    _torque.count(step, skip)
+    tensors = Pass(step, TAM.hyper, BASE)
+    sums = tam_sums(step) if sums is None else sums
+    tensors.decide(sums, BASE.grad_norm2)
+    tensors.advance(sums)
     for i, (param, momentum) in enumerate(zip(step.params, step.states[0], strict=True)):
-        h, dtype = scalars.hyper[step.groups[i]], momentum.dtype
-        theta, grad = param.to(dtype), clip.to(dtype) * scalars.grad(i)
-        decoupled = h["decoupled"] != 0
-        coupled = torch.where(decoupled, torch.zeros_like(h["lr"]), h["weight_decay"]).to(dtype)
-        shrink = torch.where(decoupled, 1 - h["lr"] * h["weight_decay"], torch.ones_like(h["lr"])).to(dtype)
-        damping = h["eps_damping"] + (1 + step.shared[step.scopes[i], 0].double()) / 2
-        damping = torch.where(first[i], torch.ones_like(damping), damping).to(dtype)
-        beta = torch.where(first[i], torch.zeros_like(h["momentum"]), h["momentum"]).to(dtype)
-
-        new = beta * momentum + damping * (grad + coupled * theta)
-        _torque.write(scalars, i, param, shrink * theta - h["lr"].to(dtype) * new, skip)
-        _torque.write(scalars, i, momentum, new, skip)
+        theta, m = tensors.descend(i, param, tensors.grad(i))
+        tensors.write(param, tensors.rounded(i, theta))
+        tensors.write(momentum, m)
 
 
 def tam_sums(step: Step) -> Tensor:
     """The sums :func:`tam_` starts from: float64 ``[S + 1, 3]``, the last row over every tensor."""
-    return _torque.reduce(TAM, step)
+    tensors = Pass(step, TAM.hyper, BASE)
+    return tensors.add_up(tensors.base_sums, BASE.n_sums)

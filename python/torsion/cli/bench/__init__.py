@@ -1,7 +1,8 @@
 """`torsion bench`: time the kernels of this machine against what you would run instead.
 
-Every contestant first computes three steps on the very tensors it is timed on and must agree with torsion's float64
-reference; if one does not, nothing is reported and the exit code is 1. Ratios are medians over interleaved rounds. At
+Every contestant first computes a few steps on the very tensors it is timed on and must agree with a float64
+reference; if one does not, nothing is reported and the exit code is 1. Ratios are medians over interleaved rounds. Of
+Lookbehind and SAM whole cycles are timed, their gradients made off the clock, and on a small network on it. At
 one thread the clock is processor time, which other work disturbs little; at more it is wall time: keep it quiet then.
 """
 
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from torsion.cli.bench import cuda, overhead, record, report, suite
+from torsion.cli.bench import cuda, network, overhead, record, report, suite
 from torsion.cli.bench.comparisons import METHODS
 from torsion.cli.bench.figures import Figure, Place
 from torsion.cli.bench.gate import GateError
@@ -98,6 +99,9 @@ def _measure(args: argparse.Namespace, place: Place) -> Iterator[Figure]:
                 yield from cuda.host_figures(tensors, methods, place, suite.LR)
         with _progress(f"{name}: memory"):
             yield from overhead.memory_figures(tensors, methods, place)
+    if "lookbehind" in methods:
+        with _progress("digits network: whole cycles"):
+            yield from network.network_figures(place)
     with _progress("import time"):
         yield overhead.import_figure(place)
 

@@ -107,6 +107,27 @@ COMPARISONS = (
         ("AdaTAMW",),
         {"AdaTAMW": (Limit(1.45, _BIG), Limit(0.5, ("tiny",)))},
     ),
+    Comparison(
+        "lookbehind",
+        ("one SGD step",),
+        ("Lookbehind(SGD), k=5", "Lookbehind(SGD), k=5, new gradients", "Lookbehind(SGD), k=2", "SAM(SGD)"),
+        {
+            "Lookbehind(SGD), k=5": (Limit(10, ("resnet18",)), Limit(11, ("gpt2",))),
+            "SAM(SGD)": (Limit(2.5, ("resnet18",)), Limit(2.7, ("gpt2",))),
+        },
+    ),
+    # Two comparisons, because eight sets of a large model's buffers at a time would be too many.
+    Comparison("lookbehind", ("one SGD step",), ("Lookbehind(SGD), k=5, adaptive", "Lookbehind(SGD), k=5, ASAM")),
+    Comparison("lookbehind", ("one AdamW step",), ("Lookbehind(AdamW), k=5",)),
+    Comparison("lookbehind", ("one TAM step",), ("Lookbehind(TAM), k=5",)),
+    Comparison(
+        "lookbehind",
+        ("Lookbehind(SGD), k=5",),
+        ("published Lookbehind, k=5", "lean eager Lookbehind, k=5"),
+        {"published Lookbehind, k=5": (Limit(2.5, _ALL, at_least=True),)},
+    ),
+    Comparison("lookbehind", ("Lookbehind(SGD), k=5, adaptive",), ("published Lookbehind, k=5, adaptive",)),
+    Comparison("lookbehind", ("SAM(SGD)",), ("eager SAM",)),
 )
 
 COPY_SHARE = {"TAM": Limit(85.0, _BIG, at_least=True)}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 import torsion
+from torsion.cli.bench.eager_cycles import Cycle, eager_lookbehind, eager_sam, judged_cycle, lean_lookbehind
 from torsion.cli.bench.plain import compiled_tam, compiler_obstacle, eager_tam
 from torsion.ops import Step as OpStep
 from torsion.ops._rules import ADATAM, TAM, Rule
@@ -26,19 +28,20 @@ MAX_NORM = 1.0
 _MOMENTUM, _DECAY, _EPS_DAMPING, _BETAS, _EPS, _WEIGHT_DECAY = 0.9, 0.9, 1e-8, (0.9, 0.999), 1e-8, 1e-2
 
 Builder = Callable[[list[Tensor], float], Callable[[], object]]
-"""(parameters with gradients, learning rate) -> a step."""
+"""(parameters with gradients, learning rate) -> a step; for a cycle one that yields where it needs new gradients."""
 
 
 @dataclass(frozen=True, eq=False)
 class Contestant:
-    """One way of taking a step.
+    """One way of taking a step, or a cycle of Lookbehind.
 
     Attributes:
         name: as tables show it.
         build: makes the step.
         judge: makes the same step on float64 parameters by other means; None where no such agreement exists.
-        bytes_per_element: float32 bytes that the method must move, reading memory anew in each pass.
-        new_gradients: the gradients lie in other tensors at every step, as after ``zero_grad(set_to_none=True)``.
+        bytes_per_element: float32 bytes that the method must move, reading memory anew in each pass; of an eager cycle
+            those that its operations move.
+        new_gradients: the gradients lie in other tensors each time, as after ``zero_grad(set_to_none=True)``.
         module: an optional package it needs.
         unable: device -> why it cannot run there, or an empty string; asked last, it may take seconds.
         skipped: list -> why it is not run there.
@@ -178,12 +181,103 @@ def _not_in_a_graph(device: str) -> str:
     return "it cannot be replayed as a graph, as steps on a GPU are timed here" if device == "cuda" else ""
 
 
+# Cycles. Their weight decay is the authors'; Adam's eps is large, because at 1e-8 the first step of an element is the
+# sign of its gradient, and that of one in 1e7 hangs on how float32 rounded the place it was evaluated at.
+_SLOW_STEP, _CYCLE_DECAY, _CYCLE_EPS = 0.5, 5e-4, 1e-2
+
+
+def _rho(params: list[Tensor], asam: bool = False) -> float:
+    """A radius that moves elements by about 1, which changes the gradients of the gate as much as another batch would.
+
+    ASAM's moves grow with the weights: a few ascents of that size and the largest of 1e7 elements leaves float32.
+    """
+    return (3e-3 if asam else 1.0) * math.sqrt(sum(p.numel() for p in params))
+
+
+def _cycle_sgd(params: list[Tensor], lr: float, **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr, _MOMENTUM, weight_decay=_CYCLE_DECAY, **options)
+
+
+def _cycle_adamw(params: list[Tensor], lr: float, **options: Any) -> torch.optim.Optimizer:
+    on_gpu = params[0].device.type == "cuda"
+    return torch.optim.AdamW(params, lr, _BETAS, _CYCLE_EPS, _WEIGHT_DECAY, capturable=on_gpu, **options)
+
+
+def _cycle_tam(params: list[Tensor], lr: float) -> torch.optim.Optimizer:
+    return torsion.TAM(params, lr, _MOMENTUM)
+
+
+def _base(make: Callable[..., torch.optim.Optimizer], **options: Any) -> Builder:
+    return lambda params, lr: make(params, lr, **options).step
+
+
+def _one_step(inner: Builder) -> Builder:
+    """A step of the base alone, its gradients evaluated just before it like those of the cycles held against it."""
+
+    def build(params: list[Tensor], lr: float) -> Cycle:
+        step = inner(params, lr)
+
+        def cycle() -> Iterator[None]:
+            yield
+            step()
+
+        return cycle
+
+    return build
+
+
+def _lookbehind(base: Callable[..., torch.optim.Optimizer], k: int, **options: Any) -> Builder:
+    def build(params: list[Tensor], lr: float) -> Cycle:
+        optimizer = base(params, lr)
+        # Without names, tensors of one dimension would be left out, and some lists have no others.
+        optimizer.param_groups[0]["asam_scaled"] = True
+        rho = _rho(params, options.get("asam", False))
+        return _phases(torsion.Lookbehind(optimizer, k=k, rho=rho, **options), k)
+
+    return build
+
+
+def _sam(params: list[Tensor], lr: float) -> Cycle:
+    return _phases(torsion.SAM(_cycle_sgd(params, lr), rho=_rho(params)), 1)
+
+
+def _phases(optimizer: torsion.Lookbehind, k: int) -> Cycle:
+    def cycle() -> Iterator[None]:
+        yield
+        optimizer.ascent_step()
+        for _ in range(k):
+            yield
+            optimizer.descent_step()
+
+    return cycle
+
+
+def _eager(form: Callable[..., Cycle], fused: bool | None = None, **options: Any) -> Builder:
+    return lambda params, lr: form(_cycle_sgd(params, lr, fused=fused), rho=_rho(params), **options)
+
+
+def _judge_cycle(base: Builder, k: int, alpha: float | None = _SLOW_STEP, asam: bool = False) -> Builder:
+    def build(params: list[Tensor], lr: float) -> Cycle:
+        fast = [p.detach().clone().requires_grad_() for p in params]
+        return judged_cycle(fast, base(fast, lr), params, k=k, rho=_rho(params, asam), alpha=alpha, asam=asam)
+
+    return build
+
+
 _LONG_COMPILE = {
     "gpt2": "compiling 148 tensors takes five minutes",
     "tiny": "compiling 1000 tensors takes longer still",
 }
 _JUDGE_SGD, _JUDGE_ADAMW = _sgd(foreach=False), _adamw(foreach=False)
 _JUDGE_CLIPPED_SGD = _clipped(_JUDGE_SGD)
+_BASE_SGD, _BASE_ADAMW = _base(_cycle_sgd, foreach=False), _base(_cycle_adamw, foreach=False)
+_JUDGE_CYCLE, _JUDGE_ADAPTIVE_CYCLE = _judge_cycle(_BASE_SGD, 5), _judge_cycle(_BASE_SGD, 5, alpha=None)
+_JUDGE_SAM = _judge_cycle(_BASE_SGD, 1, alpha=1.0)
+
+
+def _waits(device: str) -> str:
+    return "it waits for the device at every tensor, which a graph cannot" if device == "cuda" else ""
+
 
 COPY = "copy"
 """The yardstick in every round: one tensor as large as the list, copied."""
@@ -203,6 +297,7 @@ def copied_bytes(device: torch.device) -> int:
 
 # clip_grad_norm_ sums squares in float32. On the CPU the norm of 5e7 elements comes out 0.4 % short, of 1.2e8 1.3 %.
 _TORCH_NORM = 1e-2
+_TORCH_NORMS = 5e-2  # five ascents by such a norm
 
 CONTESTANTS = {
     made.name: made
@@ -231,6 +326,58 @@ CONTESTANTS = {
         Contestant("AdamW fused", _adamw(fused=True), _JUDGE_ADAMW, 28),
         Contestant("AdamW foreach", _adamw(foreach=True), _JUDGE_ADAMW),
         Contestant("AdaTAMW", _adatamw, _JUDGE_ADATAMW, 36),
+        Contestant("one SGD step", _one_step(_base(_cycle_sgd, fused=True)), _one_step(_BASE_SGD), 20),
+        Contestant("one AdamW step", _one_step(_base(_cycle_adamw, fused=True)), _one_step(_BASE_ADAMW), 28),
+        Contestant("one TAM step", _one_step(_tam()), _one_step(_JUDGE_TAM), 28),
+        Contestant("Lookbehind(SGD), k=5", _lookbehind(_cycle_sgd, 5), _JUDGE_CYCLE, 32 * 5 + 16),
+        Contestant(
+            "Lookbehind(SGD), k=5, new gradients",
+            _lookbehind(_cycle_sgd, 5),
+            _JUDGE_CYCLE,
+            32 * 5 + 16,
+            new_gradients=True,
+            unable=_not_in_a_graph,
+        ),
+        Contestant("Lookbehind(SGD), k=2", _lookbehind(_cycle_sgd, 2), _judge_cycle(_BASE_SGD, 2), 32 * 2 + 16),
+        Contestant(
+            "Lookbehind(SGD), k=5, adaptive",
+            _lookbehind(_cycle_sgd, 5, alpha="adaptive"),
+            _JUDGE_ADAPTIVE_CYCLE,
+            32 * 5 + 36,
+        ),
+        Contestant(
+            "Lookbehind(SGD), k=5, ASAM",
+            _lookbehind(_cycle_sgd, 5, asam=True),
+            _judge_cycle(_BASE_SGD, 5, asam=True),
+            36 * 5 + 16,
+        ),
+        # Adam's second moment is read and written once more a descent; TAM reads its momentum beside each norm.
+        Contestant("Lookbehind(AdamW), k=5", _lookbehind(_cycle_adamw, 5), _judge_cycle(_BASE_ADAMW, 5), 40 * 5 + 16),
+        Contestant("Lookbehind(TAM), k=5", _lookbehind(_cycle_tam, 5), _judge_cycle(_JUDGE_TAM, 5), 36 * 5 + 16),
+        Contestant("SAM(SGD)", _sam, _JUDGE_SAM, 44),
+        Contestant(
+            "published Lookbehind, k=5",
+            _eager(eager_lookbehind, k=5, alpha=_SLOW_STEP),
+            _JUDGE_CYCLE,
+            112 * 5 + 44,
+            relative=_TORCH_NORMS,
+        ),
+        Contestant(
+            "published Lookbehind, k=5, adaptive",
+            _eager(eager_lookbehind, k=5, alpha=None),
+            _JUDGE_ADAPTIVE_CYCLE,
+            112 * 5 + 120,
+            unable=_waits,
+            relative=_TORCH_NORMS,
+        ),
+        Contestant(
+            "lean eager Lookbehind, k=5",
+            _eager(lean_lookbehind, fused=True, k=5, alpha=_SLOW_STEP),
+            _JUDGE_CYCLE,
+            68 * 5 + 4,
+            relative=_TORCH_NORMS,
+        ),
+        Contestant("eager SAM", _eager(eager_sam), _JUDGE_SAM, 84, relative=_TORCH_NORMS),
     )
 }
 """Name -> contestant."""

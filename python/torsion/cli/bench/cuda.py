@@ -13,7 +13,7 @@ from torsion.cli.bench.contestants import CONTESTANTS, COPY, Contestant, copy_of
 from torsion.cli.bench.figures import Figure, Place
 from torsion.cli.bench.lists import TensorList
 from torsion.cli.bench.problem import Gradients, attach, initial
-from torsion.cli.bench.timing import Percentiles, Rounds, Sampler, interleave
+from torsion.cli.bench.timing import Percentiles, Rounds, Sampler, Turn, interleave
 
 __all__ = ["host_figures", "measure"]
 
@@ -21,25 +21,42 @@ _SAMPLE_SECONDS = 2e-3
 _L2_MULTIPLE = 3
 """Between two visits to a buffer more than this many times the L2 has gone by, so that it comes from memory."""
 
-_HOST_SECONDS = Limit(100e-6, ("gpt2",))
-_LAUNCHES = Limit(2, ())
+_HOST_SECONDS = dict.fromkeys(("TAM", "AdaTAMW"), Limit(100e-6, ("gpt2",)))
+_LAUNCHES = {
+    "TAM": Limit(2, ()),
+    "AdaTAMW": Limit(2, ()),
+    "Lookbehind(SGD), k=5": Limit(2 + 4 * 2 + 3, ()),  # the first ascent, descents that ascend again, the last
+    "SAM(SGD)": Limit(2 + 3, ()),
+}
+_HOST = (
+    ("tam", ("TAM", "SGD fused")),
+    ("adatam", ("AdaTAMW", "AdamW fused")),
+    ("lookbehind", ("Lookbehind(SGD), k=5", "SAM(SGD)")),
+)
+"""Method -> whose host time and launches are counted."""
 
 Step = Callable[[], object]
 
 
 def measure(
     members: Sequence[Contestant], baselines: Sequence[str], tensors: TensorList, place: Place, lr: float
-) -> Rounds:
-    """Interleaved rounds of graph replays; every contestant has as many copies of its tensors as the L2 asks for."""
+) -> tuple[Rounds, dict[str, Turn]]:
+    """Interleaved rounds of graph replays; every contestant has as many copies of its tensors as the L2 asks for.
+
+    A whole cycle is one graph in which nothing makes gradients: every phase reads the same ones. Where a phase moves
+    more than the L2 holds, they come from memory again, as after a backward pass. Also returns each contestant's step.
+    """
     sets = _sets(tensors, place.device)
     gradients = [Gradients(tensors, place.device, seed) for seed in range(1, sets + 1)]
     samplers: dict[str, Sampler] = {}
+    turns: dict[str, Turn] = {}
     for member in members:
         steps = []
         for own in gradients:
             params = initial(tensors, place.device)
             attach(params, own.live)
-            steps.append(member.build(params, lr))
+            turns[member.name] = Turn(member.build(params, lr), lambda: None)
+            steps.append(turns[member.name])
         samplers[member.name] = _replayed(steps, place.device)
     samplers[COPY] = _replayed([copy_of(tensors.numel, place.device) for _ in range(sets)], place.device)
 
@@ -47,7 +64,7 @@ def measure(
         for own in gradients:
             own.refresh(index)
 
-    return interleave(samplers, baselines, place.rounds, refresh)
+    return interleave(samplers, baselines, place.rounds, refresh), turns
 
 
 def _sets(tensors: TensorList, device: torch.device) -> int:
@@ -92,22 +109,21 @@ def _captured(step: Step, device: torch.device) -> torch.cuda.CUDAGraph:
 
 
 def host_figures(tensors: TensorList, methods: Sequence[str], place: Place, lr: float) -> Iterator[Figure]:
-    """Host time of ``step()`` without waiting for the device, and kernel launches per step."""
-    names = [("tam", "TAM"), ("tam", "SGD fused"), ("adatam", "AdaTAMW"), ("adatam", "AdamW fused")]
-    for name in [name for method, name in names if method in methods]:
+    """Host time of a step or cycle without waiting for the device, and its kernel launches."""
+    for name in [name for method, names in _HOST if method in methods for name in names]:
         params = initial(tensors, place.device)
         attach(params, Gradients(tensors, place.device).live)
-        step = CONTESTANTS[name].build(params, lr)
-        ours = name in ("TAM", "AdaTAMW")
+        step = Turn(CONTESTANTS[name].build(params, lr), lambda: None)
         took = Percentiles.of(_host_seconds(step, place.device) for _ in range(max(place.rounds, 20) + 5))
-        limit = _HOST_SECONDS if ours and tensors.name in _HOST_SECONDS.lists else None
+        limit = _HOST_SECONDS.get(name)
         yield Figure.at(
-            place, f"{name}: host time of step()", tensors.name, "s", limit,
+            place, f"{name}: host time of step()", tensors.name, "s",
+            limit if limit is not None and tensors.name in limit.lists else None,
             value=took.p50, p20=took.p20, p80=took.p80, clock="wall time",
         )  # fmt: skip
         launches = _launches(step, place.device)
         yield Figure.at(
-            place, f"{name}: kernels per step", tensors.name, "launches", _LAUNCHES if ours else None,
+            place, f"{name}: kernels per step", tensors.name, "launches", _LAUNCHES.get(name),
             value=launches, note="" if launches is not None else "the profiler saw no kernel",
         )  # fmt: skip
 

@@ -31,12 +31,14 @@ class Figure:
     Attributes:
         what: whose figure it is.
         list: the tensors, by name; an empty string where they do not matter.
-        unit: of ``value``: "x" (times the baseline), "bytes", "s", "%" or "launches".
+        unit: of ``value``: "x" (times the baseline), "bytes", "s", "%", "launches" or "gradients".
         value: the median over the rounds; None where it could not be measured, ``note`` says why.
         against: the baseline of a ratio.
         p20, p80: the span of the middle three fifths of the rounds.
         seconds, baseline_seconds: medians per step behind a ratio.
-        gigabytes_per_second: by the bytes the method cannot do without.
+        bytes_per_element: that the method cannot do without in a step or cycle.
+        evaluations: gradients of a cycle, counted; None for a step, which takes the one it finds.
+        gigabytes_per_second: by those bytes.
         copy_percent: the same as a share of a copy's in the same rounds.
         rounds, dropped: rounds that count, and those with a disturbed baseline.
         limit: what is asked of ``value``: at most this, or ``at_least``.
@@ -55,6 +57,8 @@ class Figure:
     p80: float | None = None
     seconds: float | None = None
     baseline_seconds: float | None = None
+    bytes_per_element: int | None = None
+    evaluations: int | None = None
     gigabytes_per_second: float | None = None
     copy_percent: float | None = None
     rounds: int = 0

@@ -16,12 +16,12 @@ import torch
 from torsion.cli.bench.comparisons import Limit
 from torsion.cli.bench.figures import Figure, Place
 from torsion.cli.bench.lists import TensorList
-from torsion.cli.bench.probe import make_optimizer, make_params
+from torsion.cli.bench.probe import make_params, make_step
 
 __all__ = ["import_figure", "memory_figures"]
 
-_OPTIMIZERS = {"tam": ("TAM", 1), "adatam": ("AdaTAMW", 2)}
-"""Method -> class, tensors of state for each parameter."""
+_OPTIMIZERS = {"tam": ("TAM", 1), "adatam": ("AdaTAMW", 2), "lookbehind": ("Lookbehind", 3)}
+"""Method -> class, tensors of state for each parameter: moments, and the fast and slow weights."""
 
 _CHUNK = 16384  # elements; the planner's unit
 _STEPS = 3
@@ -67,11 +67,11 @@ def _child(name: str, states: int, tensors: TensorList, place: Place, steps: int
 
 def _on_gpu(name: str, states: int, tensors: TensorList, device: torch.device) -> dict[str, int | None]:
     params = make_params(tensors.shapes, device)
-    optimizer = make_optimizer(name, params)
+    step = make_step(name, params)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     for _ in range(_STEPS):
-        optimizer.step()
+        step()
     torch.cuda.synchronize(device)
     # The allocator rounds every tensor up to 512 bytes.
     own = before + states * sum(math.ceil(4 * p.numel() / 512) * 512 for p in params)

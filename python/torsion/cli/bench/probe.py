@@ -9,14 +9,16 @@ import ctypes
 import gc
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["make_optimizer", "make_params"]
+__all__ = ["make_params", "make_step"]
+
+_INNER = 5  # inner steps of a cycle
 
 
 def make_params(shapes: Sequence[Sequence[int]], device: torch.device) -> list[Tensor]:
@@ -27,11 +29,21 @@ def make_params(shapes: Sequence[Sequence[int]], device: torch.device) -> list[T
     return params
 
 
-def make_optimizer(name: str, params: list[Tensor]) -> Any:
-    """An optimizer of torsion by its class's name."""
+def make_step(name: str, params: list[Tensor]) -> Callable[[], object]:
+    """A step of an optimizer of torsion by its class's name, for "Lookbehind" a cycle around SGD with momentum."""
     import torsion
 
-    return getattr(torsion, name)(params, 1e-7)
+    if name != "Lookbehind":
+        step: Callable[[], object] = getattr(torsion, name)(params, 1e-7).step
+        return step
+    optimizer = torsion.Lookbehind(torch.optim.SGD(params, 1e-7, 0.9), k=_INNER)
+
+    def cycle() -> None:
+        optimizer.ascent_step()
+        for _ in range(_INNER):
+            optimizer.descent_step()
+
+    return cycle
 
 
 def _bare_state(params: list[Tensor], per_parameter: int) -> list[dict[str, Tensor]]:
@@ -63,18 +75,18 @@ def _trim() -> None:
 def _grown(task: dict[str, Any]) -> dict[str, int]:
     torch.set_num_threads(task["threads"])
     # A first small run brings in code, thread pools and their stacks, which are no part of a step.
-    small = make_optimizer(task["optimizer"], make_params([(70_000,), (1000,)], torch.device("cpu")))
+    small = make_step(task["optimizer"], make_params([(70_000,), (1000,)], torch.device("cpu")))
     for _ in range(3):
-        small.step()
+        small()
     params = make_params(task["shapes"], torch.device("cpu"))
-    optimizer = make_optimizer(task["optimizer"], params)
+    step = make_step(task["optimizer"], params)
     _trim()
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = _status("VmRSS")
     held = None
     if task["steps"]:
         for _ in range(task["steps"]):
-            optimizer.step()
+            step()
     else:
         held = _bare_state(params, task["states"])
     peak = _status("VmHWM") - before

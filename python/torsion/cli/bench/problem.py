@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -11,6 +14,9 @@ __all__ = ["Gradients", "attach", "initial"]
 
 _PULL = (1.0, 0.5, -0.25)
 """Shared part of a tensor's gradients in units of their noise, by position in the list."""
+
+_CURVATURE = 1.0
+"""Of the loss that cycles descend: how much a gradient changes with the parameters it is evaluated at."""
 
 
 def _generator(device: torch.device, seed: int) -> torch.Generator:
@@ -51,6 +57,7 @@ class Gradients:
                 batch.append(torch.randn(shape, generator=generator, device=device).add_(shared))
         self.live = [g.clone() for g in self._pool[0]]
         self._spare: list[Tensor] = []
+        self._shown = self._pool[0]
 
     @property
     def spare(self) -> list[Tensor]:
@@ -62,6 +69,27 @@ class Gradients:
     @torch.no_grad()
     def refresh(self, index: int) -> None:
         """Show batch ``index``; also undoes what clipping in place did to the last one."""
+        self._shown = self._pool[index % 2]
         for shown in (self.live, self._spare):
             if shown:
-                torch._foreach_copy_(shown, self._pool[index % 2])
+                torch._foreach_copy_(shown, self._shown)
+
+    def backward(self, params: list[Tensor], *sets: list[Tensor]) -> Callable[[], None]:
+        """Return what stands in for a backward pass: the batch's gradients at the parameters' present values.
+
+        They change with the parameters, because otherwise a cycle that never ascends would pass the gate.
+
+        Args:
+            params: get their ``grad``.
+            sets: tensors for the gradients, of the parameters' dtype; several are taken in turn.
+        """
+        turns = itertools.cycle(sets)
+
+        @torch.no_grad()
+        def evaluate() -> None:
+            grads = next(turns)
+            torch._foreach_copy_(grads, self._shown)
+            torch._foreach_add_(grads, params, alpha=_CURVATURE)
+            attach(params, grads)
+
+        return evaluate

@@ -11,8 +11,22 @@ from torsion.cli.bench.timing import DISTURBED
 
 __all__ = ["render", "write_plot"]
 
-_HEAD = ("list", "what", "ms", "ratio", "20..80 %", "against", "required", "", "GB/s", "copy", "rounds")
-_RIGHT = (2, 3, 8, 9, 10)
+_HEAD = (
+    "list",
+    "what",
+    "ms",
+    "ratio",
+    "20..80 %",
+    "against",
+    "required",
+    "",
+    "grads",
+    "B/el",
+    "GB/s",
+    "copy",
+    "rounds",
+)
+_RIGHT = (2, 3, 8, 9, 10, 11, 12)
 
 
 def render(figures: Sequence[Figure], facts: dict[str, Any], place: Place) -> str:
@@ -59,6 +73,8 @@ def _row(figure: Figure) -> tuple[str, ...]:
         figure.against,
         bound,
         verdict,
+        "" if figure.evaluations is None else str(figure.evaluations),
+        "" if figure.bytes_per_element is None else str(figure.bytes_per_element),
         rate,
         copy,
         rounds,
@@ -72,7 +88,7 @@ def _shown(value: float, unit: str) -> str:
         return f"{value:.2f} s" if value >= 0.01 else f"{value * 1e6:.0f} us"
     if unit == "%":
         return f"{value:.0f} %"
-    if unit == "launches":
+    if unit in ("launches", "gradients"):
         return f"{value:.0f}"
     return f"{value:.2f}" if value < 10 else f"{value:.1f}"
 
@@ -91,8 +107,9 @@ def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 def _notes(figures: Sequence[Figure]) -> list[str]:
     notes = [
-        "ms: median per step. ratio: median of contestant / baseline, round by round. GB/s: bytes the method cannot do",
-        "without / time. copy: those GB/s as a share of a copy's in the same rounds; the copy is as large as the list.",
+        "ms: median per step, or per cycle with its gradients (grads: counted) off the clock. ratio: median of",
+        "contestant / baseline, round by round. B/el: bytes per element that the method cannot do without. GB/s: those",
+        "bytes / time. copy: those GB/s as a share of a copy's in the same rounds; the copy is as large as the list.",
     ]
     dropped = sum(figure.dropped for figure in figures)
     if dropped:
@@ -115,10 +132,10 @@ def write_plot(path: Path, figures: Sequence[Figure], facts: dict[str, Any], pla
     ratios = [f for f in figures if f.unit == "x" and f.value is not None and f.what != f.against]
     lists = list(dict.fromkeys(f.list for f in ratios)) or [""]
     heights = [0.75 + 0.3 * sum(f.list == name for f in ratios) for name in lists]
-    canvas = Canvas(figsize=(10, 0.9 + sum(heights)), dpi=130)
+    canvas = Canvas(figsize=(11, 0.9 + sum(heights)), dpi=130)
     FigureCanvasAgg(canvas)
     grid = canvas.add_gridspec(
-        len(lists), 1, height_ratios=heights, left=0.36, right=0.97, hspace=0.3,
+        len(lists), 1, height_ratios=heights, left=0.43, right=0.97, hspace=0.3,
         top=1 - 0.8 / canvas.get_figheight(), bottom=0.4 / canvas.get_figheight(),
     )  # fmt: skip
     reach = [x for f in ratios for x in (f.p20, f.p80, f.limit, 1.0) if x is not None] or [1.0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
@@ -13,7 +14,7 @@ from torsion.cli.bench.figures import Figure, Place
 from torsion.cli.bench.gate import check
 from torsion.cli.bench.lists import TensorList
 from torsion.cli.bench.problem import Gradients, attach, initial
-from torsion.cli.bench.timing import Rounds, Sampler, clock_of, interleave, stopwatch
+from torsion.cli.bench.timing import Rounds, Sampler, Turn, clock_of, interleave, stopwatch
 
 __all__ = ["LR", "prepare", "run_list"]
 
@@ -23,19 +24,16 @@ LR = 1e-7
 Progress = Callable[[str], AbstractContextManager[None]]
 
 
-def prepare(contestant: Contestant, tensors: TensorList, gradients: Gradients, place: Place) -> Sampler:
-    """Build a contestant on CPU tensors of its own and return its sampler, warm."""
+def prepare(contestant: Contestant, tensors: TensorList, gradients: Gradients, place: Place) -> tuple[Turn, Sampler]:
+    """Build a contestant on CPU tensors of its own; return its step, and its sampler, warm."""
     params = initial(tensors, place.device)
     attach(params, gradients.live)
-    step = contestant.build(params, LR)
-    turns = 0
-
-    def move_gradients() -> None:
-        nonlocal turns
-        turns += 1
-        attach(params, gradients.spare if turns % 2 else gradients.live)
-
-    return stopwatch(step, clock_of(place.threads)[1], move_gradients if contestant.new_gradients else None)
+    sets = (gradients.spare, gradients.live) if contestant.new_gradients else (gradients.live,)
+    clock = clock_of(place.threads)[1]
+    turn = Turn(contestant.build(params, LR), gradients.backward(params, *sets), clock)
+    places = itertools.cycle(sets)
+    move = (lambda: attach(params, next(places))) if contestant.new_gradients else None
+    return turn, stopwatch(turn, turn.clock, move)
 
 
 def run_list(tensors: TensorList, methods: Sequence[str], place: Place, progress: Progress) -> Iterator[Figure]:
@@ -77,22 +75,26 @@ def _compare(
     members = [CONTESTANTS[name] for name in (*comparison.baselines, *able)]
     with progress(f"{tensors.name}: timing {'; '.join(member.name for member in members)}"):
         if place.device.type == "cuda":
-            rounds = cuda.measure(members, comparison.baselines, tensors, place, LR)
+            rounds, turns = cuda.measure(members, comparison.baselines, tensors, place, LR)
         else:
-            samplers = {member.name: prepare(member, tensors, gradients, place) for member in members}
+            prepared = {member.name: prepare(member, tensors, gradients, place) for member in members}
+            turns = {name: turn for name, (turn, _) in prepared.items()}
+            samplers = {name: sampler for name, (_, sampler) in prepared.items()}
             samplers[COPY] = stopwatch(copy_of(tensors.numel, place.device), clock_of(place.threads)[1])
             budget = min(member.seconds for member in members)
             rounds = interleave(samplers, comparison.baselines, place.rounds, gradients.refresh, budget)
     shown = [] if any(rounds.baseline in other.contestants for other in COMPARISONS) else [rounds.baseline]
     for name in (*shown, *able):
-        figure = _ratio(rounds, name, comparison, tensors, place)
+        figure = _ratio(rounds, name, turns[name].evaluations, comparison, tensors, place)
         yield figure
         if place.device.type == "cuda" and name in COPY_SHARE:
             share, limit = figure.copy_percent, COPY_SHARE[name]
             yield Figure.at(place, f"{name}: bandwidth against copy", tensors.name, "%", limit, value=share)
 
 
-def _ratio(rounds: Rounds, name: str, comparison: Comparison, tensors: TensorList, place: Place) -> Figure:
+def _ratio(
+    rounds: Rounds, name: str, evaluations: int, comparison: Comparison, tensors: TensorList, place: Place
+) -> Figure:
     ratio, took = rounds.ratio(name), rounds.of(name).p50
     per_element = CONTESTANTS[name].bytes_per_element
     rate = None if per_element is None else per_element * tensors.numel / took
@@ -110,6 +112,8 @@ def _ratio(rounds: Rounds, name: str, comparison: Comparison, tensors: TensorLis
         p80=ratio.p80,
         seconds=took,
         baseline_seconds=rounds.of(rounds.baseline).p50,
+        bytes_per_element=per_element,
+        evaluations=evaluations or None,
         gigabytes_per_second=None if rate is None else rate / 1e9,
         copy_percent=None if rate is None else 100 * rate / copy_rate,
         rounds=rounds.kept,

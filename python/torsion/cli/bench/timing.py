@@ -1,4 +1,4 @@
-"""Interleaved rounds, and what may be said of them."""
+"""Clocks, interleaved rounds, and what may be said of them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["DISTURBED", "Percentiles", "Rounds", "Sampler", "clock_of", "interleave", "stopwatch"]
+__all__ = ["DISTURBED", "Percentiles", "Rounds", "Sampler", "Turn", "clock_of", "interleave", "stopwatch"]
 
 DISTURBED = 1.5
 """A round is dropped when its baseline took longer than this many times the baseline's own median."""
@@ -28,6 +28,44 @@ def clock_of(threads: int) -> tuple[str, Callable[[], float]]:
     threads the user waits for the last one, which only wall time shows.
     """
     return ("process CPU time", time.process_time) if threads == 1 else ("wall time", time.perf_counter)
+
+
+class Turn:
+    """A contestant's step as it is taken and timed: the gradients a cycle asks for are made off its clock, and counted.
+
+    Args:
+        step: a step, or a cycle: it then returns an iterator that yields wherever it needs gradients anew.
+        evaluate: makes the gradients at the parameters as they stand.
+        clock: seconds; see :func:`clock_of`.
+
+    Attributes:
+        evaluations: gradients that the last step asked for; 0 where it just used those it found.
+    """
+
+    def __init__(
+        self,
+        step: Callable[[], object],
+        evaluate: Callable[[], object],
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._step, self._evaluate, self._clock = step, evaluate, clock
+        self._off = 0.0
+        self.evaluations = 0
+
+    def __call__(self) -> None:
+        """Take the step."""
+        self.evaluations = 0
+        taken = self._step()
+        if isinstance(taken, Iterator):
+            for _ in taken:
+                begin = self._clock()
+                self._evaluate()
+                self._off += self._clock() - begin
+                self.evaluations += 1
+
+    def clock(self) -> float:
+        """The clock's reading, less all time spent on gradients."""
+        return self._clock() - self._off
 
 
 def stopwatch(

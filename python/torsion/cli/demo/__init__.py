@@ -1,9 +1,15 @@
 """`torsion demo`: train a real model with a torsion optimizer beside the one in use today, each at its best rate.
 
-    digits   handwritten digits and a small ConvNet: SGD with momentum against TAM, five seeds, about half a minute
-    text     Python's own source and a byte-level GPT: AdamW against AdaTAMW, one seed, a few minutes
+    --method tam          TAM beside SGD on digits, AdaTAMW beside AdamW on text
+    --method lookbehind   Lookbehind and SAM beside SGD on digits, a fifth of the training labels wrong, and then with
+                          noise on the weights; Lookbehind(AdamW) beside AdamW on text; over equal epochs and with
+                          equally many gradient evaluations
+    --method all          one after the other, each into a directory of its own below --out
 
-Writes results.json and a PNG into --out. Ctrl-C stops after the current step, reports what there is and exits with 130.
+    --task digits         handwritten digits, a small ConvNet, five seeds: half a minute (tam) or one and a half
+    --task text           Python's own source, a byte-level GPT, one seed: a few minutes
+
+Writes results.json and PNGs into --out. Ctrl-C stops after the current step, reports what there is and exits with 130.
 """
 
 from __future__ import annotations
@@ -17,8 +23,9 @@ from typing import Any
 import torch
 
 from torsion.cli.demo.environment import backend_of, describe, interruptible, reproducible
-from torsion.cli.demo.rates import best_rate
-from torsion.cli.demo.registry import ALL, METHODS, Arm, select_arms
+from torsion.cli.demo.outcome import Outcome
+from torsion.cli.demo.rates import best_choice
+from torsion.cli.demo.registry import ALL, METHODS, Comparison, Method, select
 from torsion.cli.demo.tasks import Data, Task, find_task, task_names
 from torsion.cli.demo.training import Plan, Run, train
 from torsion.cli.usage import integer_from, require_extra, resolve_device, usable_processors, writable_directory
@@ -34,9 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     tasks = [find_task(name) for name in task_names()]
-    steps, threads = (
-        ", ".join(f"{getattr(task, what)} {task.name}" for task in tasks) for what in ("steps", "threads")
-    )
+    threads = ", ".join(f"{task.threads} {task.name}" for task in tasks)
+    steps = "; ".join(f"{name}: {_default_steps(method)}" for name, method in METHODS.items())
     add("--task", choices=task_names(), default="digits", help="what to train on (default: digits)")
     # Not `choices`: whether a method has a comparison depends on the task.
     known = ",".join((*METHODS, ALL))
@@ -54,43 +60,66 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", metavar="DIR", type=Path, default=Path("demo-out"), help="directory for results (default: ./demo-out)")
 
 
+def _default_steps(method: Method) -> str:
+    return ", ".join(f"{find_task(entry.task).steps} {name}" for name, entry in method.comparisons.items())
+
+
 def run(args: argparse.Namespace) -> int:
     """Check everything that can be refused, then train, then report whatever was done."""
-    task = find_task(args.task)
-    arms = select_arms(args.method, task.name)
+    comparisons = select(args.method, args.task)
     device = resolve_device(args.device)
-    require_extra("demo", {"rich": "rich", "matplotlib": "matplotlib", **dict(task.extra_modules)})
-    for arm in arms:
-        backend_of(arm, device)
-    rates = {arm.name: best_rate(task.name, arm.name) for arm in arms}
+    require_extra("demo", {"rich": "rich", "matplotlib": "matplotlib", **dict(find_task(args.task).extra_modules)})
+    for comparison in comparisons.values():
+        for arm in comparison.arms:
+            backend_of(arm, device)
+            best_choice(comparison.task, arm.name)
     out = writable_directory("--out", args.out)
-    with reproducible(args.threads or min(task.threads, usable_processors()), device):
-        return _run_all(task, arms, rates, device, args, out)
+    with interruptible() as stop:
+        for name, comparison in comparisons.items():
+            task = find_task(comparison.task)
+            with reproducible(args.threads or min(task.threads, usable_processors()), device):
+                place = writable_directory("--out", out / name) if args.method == ALL else out
+                _run_all(name, task, comparison, device, args, place, stop)
+            if stop():
+                return _INTERRUPTED
+    return 0
 
 
 def _run_all(
-    task: Task, arms: list[Arm], rates: dict[str, float], device: torch.device, args: argparse.Namespace, out: Path
-) -> int:
-    from torsion.cli.demo.plots import write_figure  # here, because they need the extra checked for above
-    from torsion.cli.demo.report import Outcome, print_report, write_json
+    method: str,
+    task: Task,
+    comparison: Comparison,
+    device: torch.device,
+    args: argparse.Namespace,
+    out: Path,
+    stop: Callable[[], bool],
+) -> None:
+    from torsion.cli.demo.plots import write_figures  # here, because they need the extra checked for above
+    from torsion.cli.demo.report import print_report, write_json
 
     steps, seeds = args.steps or task.steps, [args.seed + index for index in range(task.seeds)]
+    choices = {arm.name: best_choice(task.name, arm.name) for arm in comparison.arms}
     data = task.load(device)
     # Arms take turns within a seed, so that a disturbance of the machine falls on all of them.
-    plans = [Plan(task, arm, rates[arm.name], seed, steps, device) for seed in seeds for arm in arms]
+    plans = [
+        Plan(task, arm, choices[arm.name], seed, arm.steps(steps), device) for seed in seeds for arm in comparison.arms
+    ]
     begin = time.perf_counter()
-    with interruptible() as stop:
-        runs = _train_all(plans, data, stop)
-        interrupted = stop()
-    settings: dict[str, Any] = {"method": args.method, "steps": steps, "seeds": seeds, "rates": rates}
+    runs = _train_all(plans, data, stop)
+    settings: dict[str, Any] = {
+        "method": method,
+        "steps": steps,
+        "seeds": seeds,
+        "rates": {name: choice.rate for name, choice in choices.items()},
+        "strengths": {arm.name: choices[arm.name].strength for arm in comparison.arms if arm.strength},
+    }
     outcome = Outcome(
-        task, arms, runs, interrupted, time.perf_counter() - begin, settings, data.facts, describe(device, arms)
-    )
-    files = [out / "results.json", out / f"{task.name}.png"]
-    write_json(outcome, files[0])
-    write_figure(outcome, files[1])
-    print_report(outcome, files)
-    return _INTERRUPTED if interrupted else 0
+        task, comparison, runs, stop(), time.perf_counter() - begin, settings, data.facts,
+        describe(device, comparison.arms),
+    )  # fmt: skip
+    record = out / "results.json"
+    write_json(outcome, record)
+    print_report(outcome, [record, *write_figures(outcome, out, args.task)])
 
 
 def _train_all(plans: list[Plan], data: Data, stop: Callable[[], bool]) -> list[Run]:

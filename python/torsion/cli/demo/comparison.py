@@ -11,7 +11,7 @@ from torsion.cli.demo.rates import spread
 from torsion.cli.demo.tasks import Metric
 from torsion.cli.demo.training import Run
 
-__all__ = ["Summary", "compare", "smoothed", "summarize"]
+__all__ = ["Difference", "Summary", "seed_noise", "smoothed", "summarize"]
 
 # Two-sided 95 % points of Student's t for 1, 2, ... degrees of freedom; beyond them the normal value is close enough.
 _T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
@@ -42,34 +42,81 @@ def summarize(values: Sequence[float]) -> Summary:
     return Summary(statistics.fmean(values), deviation, len(values))
 
 
-def compare(baseline: Sequence[Run], other: Sequence[Run], metric: Metric) -> str:
-    """One sentence on how `other` did against `baseline`, over the seeds that both finished."""
-    names = f"{other[0].plan.arm.name} - {baseline[0].plan.arm.name}"
-    of_seed = {run.plan.seed: run.final(metric.key) for run in baseline if run.finished}
-    pairs = [
-        run.final(metric.key) - of_seed[run.plan.seed] for run in other if run.finished and run.plan.seed in of_seed
-    ]
-    if not pairs:
-        return f"{names}: no seed was finished by both."
-    mean = statistics.fmean(pairs)
-    unit = "points" if metric.unit == "%" else metric.unit  # a difference of percentages is not a percentage
-    said = f"{names}: {metric.label} {mean:+.{metric.digits}f} {unit}"
-    if not math.isfinite(mean):
-        return f"{said}, because a run diverged."
-    if len(pairs) == 1:
-        return f"{said}, one seed. {_one_seed(baseline[0], other[0], metric)}"
-    margin = _T95[min(len(pairs) - 2, len(_T95) - 1)] * statistics.stdev(pairs) / math.sqrt(len(pairs))
-    interval = f"95 % interval over {len(pairs)} paired seeds ±{margin:.{metric.digits}f}"
-    if abs(mean) <= margin:
-        return f"{said} ({interval}): within noise."
-    better = (mean > 0) == metric.higher_is_better
-    return f"{said} ({interval}): {'better' if better else 'worse'} by more than the noise over seeds."
+@dataclass(frozen=True)
+class Difference:
+    """How one arm did against another in a metric, seed by seed, over the seeds that both finished."""
+
+    baseline: Sequence[Run]
+    other: Sequence[Run]
+    metric: Metric
+
+    @property
+    def names(self) -> str:
+        """What is subtracted from what."""
+        return f"{self.other[0].plan.arm.name} - {self.baseline[0].plan.arm.name}"
+
+    @property
+    def values(self) -> list[float]:
+        """One difference per seed."""
+        key = self.metric.key
+        of_seed = {run.plan.seed: run.final(key) for run in self.baseline if run.finished}
+        return [
+            run.final(key) - of_seed[run.plan.seed] for run in self.other if run.finished and run.plan.seed in of_seed
+        ]
+
+    @property
+    def mean(self) -> float:
+        """Mean over the seeds; nan without any."""
+        return statistics.fmean(self.values) if self.values else math.nan
+
+    @property
+    def margin(self) -> float:
+        """Half of the 95 % interval of the mean; nan for less than two seeds."""
+        count = len(self.values)
+        if count < 2 or not math.isfinite(self.mean):
+            return math.nan
+        return _T95[min(count - 2, len(_T95) - 1)] * statistics.stdev(self.values) / math.sqrt(count)
+
+    @property
+    def verdict(self) -> str:
+        """What can be said of it, in a word or two."""
+        if not self.values:
+            return "not finished"
+        if not math.isfinite(self.mean):
+            return "diverged"
+        if len(self.values) == 1:
+            return "one seed"
+        if abs(self.mean) <= self.margin:
+            return "within noise"
+        return "better" if (self.mean > 0) == self.metric.higher_is_better else "worse"
+
+    def cell(self) -> str:
+        """Mean, margin and verdict, as `+1.20 ± 0.40 better`; `noise` where the interval contains zero."""
+        digits, verdict = self.metric.digits, self.verdict
+        if verdict in ("not finished", "diverged"):
+            return verdict
+        margin = "" if math.isnan(self.margin) else f" ± {self.margin:.{digits}f}"
+        return f"{self.mean:+.{digits}f}{margin} {verdict.removeprefix('within ')}"
+
+    def sentence(self) -> str:
+        """All of it in one sentence."""
+        verdict = self.verdict
+        if verdict == "not finished":
+            return f"{self.names}: no seed was finished by both."
+        unit = "points" if self.metric.unit == "%" else self.metric.unit  # of percentages no percentage
+        said = f"{self.names}: {self.metric.label} {self.mean:+.{self.metric.digits}f} {unit}"
+        if verdict == "diverged":
+            return f"{said}, because a run diverged."
+        if verdict == "one seed":
+            return f"{said}, one seed. {seed_noise([self.baseline[0], self.other[0]], self.metric)}"
+        interval = f"95 % interval over {len(self.values)} paired seeds ±{self.margin:.{self.metric.digits}f}"
+        by_how_much = "" if verdict == "within noise" else " by more than the noise over seeds"
+        return f"{said} ({interval}): {verdict}{by_how_much}."
 
 
-def _one_seed(baseline: Run, other: Run, metric: Metric) -> str:
-    # A single run has no spread of its own; the recorded grid has several seeds at the same rate.
-    task = baseline.plan.task.name
-    known = [spread(task, run.plan.arm.name, metric.key) for run in (baseline, other)]
+def seed_noise(runs: Sequence[Run], metric: Metric) -> str:
+    """What is known of the noise where no run has a second seed: the recorded grid has several at the same point."""
+    known = [spread(run.plan.task.name, run.plan.arm.name, metric.key) for run in runs]
     recorded = [value for value in known if value is not None]
     if not recorded:
         return "Seeds differ too; compare several with --seed before believing it."

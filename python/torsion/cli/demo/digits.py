@@ -1,7 +1,11 @@
-"""The `digits` task: 1,797 real handwritten digits of 8x8 pixels, and a small convolutional network."""
+"""The `digits` task: 1,797 real handwritten digits of 8x8 pixels, and a small convolutional network.
+
+Its variant gives a part of the training images a wrong label, another part for each seed; what is held out stays right.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,18 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torsion.cli.demo.tasks import Batch, Data, Metric, Task
+from torsion.cli.demo.tasks import Batch, Data, Metric, Task, generator
 
-__all__ = ["DIGITS"]
+__all__ = ["DIGITS", "WRONG_LABELS"]
 
 _BATCH = 32
+_CLASSES = 10
+_EVALUATED_AT_ONCE = 256  # all 899 leave the cache between two layers, which takes a quarter longer
 _SPLIT_SEED = 0  # the split is the same for every seed of a run, so that seeds differ in the training alone
 _TEST_SHARE = 0.5  # large, because the result is a count of images got wrong
 _FOLDS = 5  # of the training part; a rate is judged by cross-validation, because one fold is only 180 images
+_WRONG = 0.2
 
 
 class _Digits(Data):
-    def __init__(self, device: torch.device, tuning_fold: int | None) -> None:
+    def __init__(self, device: torch.device, tuning_fold: int | None, wrong: float) -> None:
         # Imported by name: scikit-learn carries no types, and is needed by this task alone.
         load_digits = importlib.import_module("sklearn.datasets").load_digits
         selection = importlib.import_module("sklearn.model_selection")
@@ -45,29 +52,48 @@ class _Digits(Data):
             "held-out examples": len(held_out),
             "batch": _BATCH,
         }
+        self._wrong = round(wrong * len(train))
+        if wrong:
+            self.facts["wrong labels"] = f"{self._wrong} of the training examples, drawn anew for each seed"
+
+    def _given(self, seed: int) -> tuple[Tensor, Tensor]:
+        """The labels that a run with this seed is trained on, and which of them are wrong."""
+        draw = generator("wrong labels", seed)
+        wrong = self._train[torch.randperm(len(self._train), generator=draw)[: self._wrong]]
+        shift = torch.randint(1, _CLASSES, (len(wrong),), generator=draw)  # any other class, each as likely
+        labels, wrong = self._labels.clone(), wrong.to(self._labels.device)
+        labels[wrong] = (labels[wrong] + shift.to(labels.device)) % _CLASSES
+        return labels, wrong
 
     def batches(self, seed: int) -> Iterator[Batch]:
+        labels, _ = self._given(seed)
         # Drawn on the CPU, so that the order is the same on every device; a short last batch is dropped.
-        generator = torch.Generator().manual_seed(seed)
+        shuffle = torch.Generator().manual_seed(seed)
         while True:
-            order = self._train[torch.randperm(len(self._train), generator=generator)].to(self._labels.device)
+            order = self._train[torch.randperm(len(self._train), generator=shuffle)].to(self._labels.device)
             for chosen in order[: len(order) // _BATCH * _BATCH].view(-1, _BATCH):
-                yield self._images[chosen], self._labels[chosen]
+                yield self._images[chosen], labels[chosen]
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         images, labels = batch
         return F.cross_entropy(model(images), labels)
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, seed: int) -> dict[str, float]:
         model.eval()
         labels = self._labels[self._held_out]
-        scores = model(self._images[self._held_out])
+        images = self._images[self._held_out]
+        scores = torch.cat([model(part) for part in images.split(_EVALUATED_AT_ONCE)])
+        result = {"accuracy": _percent(scores, labels), "loss": F.cross_entropy(scores, labels).item()}
+        if self._wrong:
+            given, wrong = self._given(seed)
+            result["wrong labels learned"] = _percent(model(self._images[wrong]), given[wrong])
         model.train()
-        return {
-            "accuracy": 100 * (scores.argmax(1) == labels).double().mean().item(),
-            "loss": F.cross_entropy(scores, labels).item(),
-        }
+        return result
+
+
+def _percent(scores: Tensor, labels: Tensor) -> float:
+    return 100 * (scores.argmax(1) == labels).double().mean().item()
 
 
 def _block(inputs: int, outputs: int) -> list[nn.Module]:
@@ -76,8 +102,10 @@ def _block(inputs: int, outputs: int) -> list[nn.Module]:
 
 @dataclass(frozen=True)
 class _DigitsTask(Task):
+    wrong: float = 0.0
+
     def load(self, device: torch.device, tuning_fold: int | None = None) -> Data:
-        return _Digits(device, tuning_fold)
+        return _Digits(device, tuning_fold, self.wrong)
 
     def model(self) -> nn.Module:
         return nn.Sequential(
@@ -88,7 +116,7 @@ class _DigitsTask(Task):
             *_block(64, 64),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
-            nn.Linear(64, 10),
+            nn.Linear(64, _CLASSES),
         )
 
 
@@ -105,4 +133,23 @@ DIGITS = _DigitsTask(
     seeds=5,
     warmup=20,
     threads=1,
+    tuning_seeds=_FOLDS,
+)
+
+# What is reported is accuracy, and loss would choose differently: it punishes the doubt that a model rightly learns
+# from wrong labels.
+WRONG_LABELS = dataclasses.replace(
+    DIGITS,
+    name="digits-wrong-labels",
+    variant_of="digits",
+    summary=f"handwritten digits, {_WRONG:.0%} of the training labels wrong",
+    metrics=(
+        *(dataclasses.replace(metric, digits=digits) for metric, digits in zip(DIGITS.metrics, (1, 2), strict=True)),
+        Metric("wrong labels learned", "wrong labels learned", "%", higher_is_better=False, digits=1),
+    ),
+    choose_by="accuracy",
+    steps=180,
+    evaluations=6,
+    weight_noise=(0.1, 0.2, 0.3, 0.4),
+    wrong=_WRONG,
 )

@@ -11,10 +11,11 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils import deterministic
 
 import torsion
-from torsion.cli.demo.registry import Arm
+from torsion.cli.demo.arms import Arm, Choice
 from torsion.cli.usage import UsageError, usable_processors
 from torsion.ops._backends import choose
 
@@ -59,10 +60,13 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
 
 def backend_of(arm: Arm, device: torch.device) -> str:
-    """The back end that the arm's op uses on this device, or "torch" for torch's own optimizers."""
-    # Not torsion.backends(), which speaks of the GPU wherever there is one, also when this run is on the CPU.
+    """The back end that the arm's op uses on this device, or "torch" where torch's own operations do all the work."""
+    if arm.op is None:
+        return "torch"
     try:
-        return "torch" if arm.op is None else choose(device.type)[0]
+        optimizer = arm.build(nn.Linear(1, 1, device=device), Choice(arm.rates[0]))
+        # Not torsion.backends(), which speaks of the GPU wherever there is one, also when this run is on the CPU.
+        return choose(device.type)[0] if getattr(optimizer, "fused", True) else "torch"
     except ValueError as error:  # an impossible TORSION_BACKEND; the message says what it needs
         raise UsageError(str(error)) from None
 
@@ -79,5 +83,5 @@ def describe(device: torch.device, arms: Sequence[Arm]) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "processors": usable_processors(),
         "load average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "back ends": {arm.name: backend_of(arm, device) for arm in arms if arm.op is not None},
+        "back ends": {arm.name: backend_of(arm, device) for arm in arms if arm.op is not None and arm.length == 1},
     }

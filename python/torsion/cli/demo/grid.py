@@ -1,14 +1,16 @@
 """Record how good each arm is at each learning rate: `python -m torsion.cli.demo.grid` rewrites rates.json.
 
 Rates are compared on parts of the training data that are held out for this alone, a fold per seed; what the demo
-reports was never used to choose. The rate with the lowest mean loss wins. A best rate at the edge of the grid is no
-answer, so the grid grows by its own factor until the best one has neighbours on both sides.
+reports was never used to choose. The task says by which metric, and the best mean over the seeds wins. Where an arm has
+a strength, every rate is tried with every strength. A best value at the edge of the grid is no answer, so the grid
+grows by its own factor until the best one has neighbours on both sides.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import statistics
@@ -18,23 +20,23 @@ from typing import Any
 
 import torch
 
+from torsion.cli.demo.arms import Choice
 from torsion.cli.demo.environment import describe, reproducible
-from torsion.cli.demo.rates import RECORD, load_record
-from torsion.cli.demo.registry import ALL, Arm, select_arms
-from torsion.cli.demo.tasks import Data, Task, find_task, task_names
+from torsion.cli.demo.rates import RECORD, choice_of, load_record
+from torsion.cli.demo.registry import arms_on
+from torsion.cli.demo.tasks import Data, Metric, Task, find_task, task_names
 from torsion.cli.demo.training import Plan, train
 from torsion.cli.usage import Parser, UsageError, integer_from, require_extra, resolve_device
 
 __all__ = ["main"]
 
 _GROWTH_AT_MOST = 4
-_SEEDS = {"digits": 5, "text": 2}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure the grid of the asked tasks and arms and write the record after every arm."""
     parser = Parser(prog="python -m torsion.cli.demo.grid", description="Record the demo's learning-rate grid.")
-    parser.add_argument("--task", choices=task_names(), help="only this task (default: every one)")
+    parser.add_argument("--task", choices=task_names(variants=True), help="only this task (default: every one)")
     parser.add_argument("--arm", help="only this arm, such as TAM (default: every one)")
     parser.add_argument("--seeds", type=integer_from(1, 100, 5), help="seeds per rate (default: 5 digits, 2 text)")
     parser.add_argument("--steps", type=integer_from(1, 10**7, 500), help="steps per run (default: the task's)")
@@ -45,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         device = resolve_device(args.device)
         with reproducible(args.threads, device):
-            for name in [args.task] if args.task else task_names():
+            for name in [args.task] if args.task else task_names(variants=True):
                 _record_task(find_task(name), args, device)
     except UsageError as error:
         parser.error(str(error))
@@ -55,58 +57,88 @@ def main(argv: list[str] | None = None) -> int:
 def _record_task(task: Task, args: argparse.Namespace, device: torch.device) -> None:
     require_extra("demo", dict(task.extra_modules))
     steps = args.steps or task.steps
-    folds = [task.load(device, tuning_fold=seed) for seed in range(args.seeds or _SEEDS[task.name])]
-    arms = [arm for arm in select_arms(ALL, task.name) if args.arm in (None, arm.name)]
+    folds = [task.load(device, tuning_fold=seed) for seed in range(args.seeds or task.tuning_seeds)]
+    arms = [arm for arm in arms_on(task.name) if args.arm in (None, arm.name)]
     if not arms:
-        known = ", ".join(arm.name for arm in select_arms(ALL, task.name))
+        known = ", ".join(arm.name for arm in arms_on(task.name))
         raise UsageError(f"--arm {args.arm}: unknown on --task {task.name}; choose from {known}")
     for arm in arms:
-        grid = _search(task, arm, folds, steps, device)
+        grid = _search(Plan(_curveless(task), arm, Choice(arm.rates[0]), 0, arm.steps(steps), device), folds)
+        best = choice_of(_best(grid, task.chosen_by))
         record = load_record(args.out)
         record.setdefault(task.name, {})[arm.name] = {
-            "best": _best(grid)["rate"],
+            "best": best.rate,
+            **({"best strength": best.strength, "strength": arm.strength.name} if arm.strength else {}),
+            "chosen by": task.choose_by,
             "settings": arm.settings,
-            "steps": steps,
+            "steps": arm.steps(steps),
             "seeds": len(folds),
             "data": folds[0].facts,
             "environment": describe(device, [arm]),
             "grid": grid,
         }
         args.out.write_text(_compact(record), encoding="utf-8")
-        print(f"{task.name} {arm.name}: best rate {_best(grid)['rate']:g}, written to {args.out}")
+        found = f"best rate {best.rate:g}" + (f", {arm.strength.name} {best.strength:g}" if arm.strength else "")
+        print(f"{task.name} {arm.name}: {found}, written to {args.out}")
 
 
-def _search(task: Task, arm: Arm, folds: list[Data], steps: int, device: torch.device) -> list[dict[str, Any]]:
-    grid = [_measure(Plan(task, arm, rate, 0, steps, device, evaluations=1), folds) for rate in arm.rates]
-    for _ in range(_GROWTH_AT_MOST):
-        rates = [point["rate"] for point in grid]
-        best = _best(grid)["rate"]
-        if best not in (rates[0], rates[-1]) or len(rates) < 2:
+def _curveless(task: Task) -> Task:
+    # Only the end of a run is compared.
+    return dataclasses.replace(task, evaluations=1, weight_noise=())
+
+
+def _search(plan: Plan, folds: list[Data]) -> list[dict[str, Any]]:
+    arm, metric = plan.arm, plan.task.chosen_by
+    rates, strengths = list(arm.rates), list(arm.strength.values) if arm.strength else [0.0]
+    measured: dict[tuple[float, float], dict[str, Any]] = {}
+    for growth in range(_GROWTH_AT_MOST + 1):
+        for place in itertools.product(strengths, rates):
+            if place not in measured:
+                strength, rate = place
+                measured[place] = _measure(dataclasses.replace(plan, choice=Choice(rate, strength)), folds)
+        best = choice_of(_best(_in_order(measured), metric))
+        grown = _grow(rates, best.rate) or _grow(strengths, best.strength)
+        if not grown or growth == _GROWTH_AT_MOST:
             break
-        lower = best == rates[0]
-        rate = rates[0] ** 2 / rates[1] if lower else rates[-1] ** 2 / rates[-2]
-        point = _measure(Plan(task, arm, rate, 0, steps, device, evaluations=1), folds)
-        grid.insert(0 if lower else len(grid), point)
-    return grid
+    return _in_order(measured)
+
+
+def _in_order(measured: dict[tuple[float, float], dict[str, Any]]) -> list[dict[str, Any]]:
+    return [measured[place] for place in sorted(measured)]
+
+
+def _grow(values: list[float], best: float) -> bool:
+    """Add a value beyond the best one if it lies at an edge."""
+    if len(values) < 2 or best not in (values[0], values[-1]):
+        return False
+    lower = best == values[0]
+    beyond = values[0] ** 2 / values[1] if lower else values[-1] ** 2 / values[-2]
+    values.insert(0 if lower else len(values), float(f"{beyond:.6g}"))
+    return True
 
 
 def _measure(plan: Plan, folds: list[Data]) -> dict[str, Any]:
-    point: dict[str, Any] = {"rate": plan.rate}
+    point: dict[str, Any] = {"rate": plan.choice.rate}
+    if plan.arm.strength:
+        point["strength"] = plan.choice.strength
     for seed, data in enumerate(folds):  # each seed its own held-out fold
         run = train(dataclasses.replace(plan, seed=seed), data, lambda made, loss, rate: None, lambda: False)
         for metric in plan.task.metrics:
-            value = run.final(metric.key)
-            # JSON has no nan: a diverged run is recorded as null, and its rate cannot win.
+            # A loss that is no number is a diverged run, whatever its accuracy. JSON has no nan: it is recorded as
+            # null, and its point cannot win.
+            value = run.final(metric.key) if math.isfinite(run.final("loss")) else math.nan
             point.setdefault(metric.key, []).append(round(value, 5) if math.isfinite(value) else None)
     print(f"{plan.task.name} {plan.arm.name} {json.dumps(point)}", file=sys.stderr, flush=True)
     return point
 
 
-def _best(grid: list[dict[str, Any]]) -> dict[str, Any]:
-    sound = [point for point in grid if None not in point["loss"]]
+def _best(grid: list[dict[str, Any]], metric: Metric) -> dict[str, Any]:
+    """The best point by the metric; of equally good ones the first."""
+    sound = [point for point in grid if None not in point[metric.key]]
     if not sound:
-        raise UsageError("every rate diverged; lower the arm's rates in registry.py")
-    return min(sound, key=lambda point: statistics.fmean(point["loss"]))
+        raise UsageError("every rate diverged; lower the arm's rates in arms.py")
+    sign = -1 if metric.higher_is_better else 1
+    return min(sound, key=lambda point: sign * statistics.fmean(point[metric.key]))
 
 
 def _compact(record: dict[str, Any]) -> str:

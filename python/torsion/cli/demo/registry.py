@@ -1,121 +1,112 @@
-"""Which optimizers the demo can compare: one entry in METHODS per torsion method.
+"""What the demo compares: one entry in METHODS per torsion method.
 
-To let a method join, add its arms here (baseline first) and record its rates with `python -m torsion.cli.demo.grid`.
-The training loop calls `optimizer.step(closure)`, so methods that evaluate the loss several times a step fit as well.
+To let a method join, add its arms to arms.py, a comparison here (baseline first), and record what the arms are tuned by
+with `python -m torsion.cli.demo.grid`. The training loop calls `optimizer.step(closure)`, so methods that evaluate the
+loss several times a step fit as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
-
-import torsion
+from torsion.cli.demo import arms as known
+from torsion.cli.demo.arms import Arm
 from torsion.cli.usage import UsageError
 
-__all__ = ["ALL", "METHODS", "Arm", "Method", "select_arms"]
+__all__ = ["ALL", "METHODS", "Block", "Comparison", "Method", "arms_on", "select"]
 
 ALL = "all"
 
 
-def _nothing(optimizer: Optimizer) -> dict[str, Tensor]:
-    return {}
+@dataclass(frozen=True)
+class Block:
+    """Arms that are compared with each other, baseline first.
 
+    Attributes:
+        equal: what is equal among them.
+        in_gradients: progress is counted in gradients, not in steps.
+    """
 
-def _damping_and_cosine(optimizer: Optimizer) -> dict[str, Tensor]:
-    assert isinstance(optimizer, (torsion.TAM, torsion.AdaTAMW))
-    return {"damping": optimizer.damping()["global"], "cosine": optimizer.cosine()["global"]}
+    equal: str
+    arms: tuple[Arm, ...]
+    in_gradients: bool = False
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One optimizer of a comparison.
+class Comparison:
+    """A method's comparison on a task.
 
     Attributes:
-        name: as shown in tables, plots and rates.json.
-        settings: everything but the learning rate, in words, for the record.
-        rates: learning rates that the recorded grid starts from.
-        build: (model, rate) -> optimizer.
-        observe: 0-dim tensors to record after a step; read at the end of the run, so that no step waits for the device.
-        op: the torsion op it runs on, None for torch's own optimizers.
-        after_backward: what its user would do between backward and step; counted as the optimizer's time.
+        task: the task that it asks for; a variant where the plain task does not show what the method is for.
+        blocks: an arm may be in several of them, and is then trained once.
     """
 
-    name: str
-    settings: str
-    rates: tuple[float, ...]
-    build: Callable[[nn.Module, float], Optimizer]
-    observe: Callable[[Optimizer], dict[str, Tensor]] = _nothing
-    op: str | None = None
-    after_backward: Callable[[nn.Module], object] | None = None
+    task: str
+    blocks: tuple[Block, ...]
+
+    @property
+    def arms(self) -> list[Arm]:
+        """The arms of all blocks."""
+        return list({arm.name: arm for block in self.blocks for arm in block.arms}.values())
 
 
 @dataclass(frozen=True)
 class Method:
-    """A torsion method: what to compare it with on each task it supports (baseline first)."""
+    """A torsion method: the comparison it brings to each task it supports, by the task's name on the command line."""
 
     name: str
     summary: str
-    arms: Mapping[str, tuple[Arm, ...]]
+    comparisons: Mapping[str, Comparison]
 
 
-def _octaves(lowest: float, count: int) -> tuple[float, ...]:
-    return tuple(lowest * 2**power for power in range(count))
+def _one_block(task: str, *arms: Arm) -> Comparison:
+    return Comparison(task, (Block("steps", arms),))
 
 
-# fused=True is the fastest of torch's own implementations at these sizes, on the CPU as on a GPU.
-_SGD = Arm(
-    name="SGD",
-    settings="torch.optim.SGD(momentum=0.9, weight_decay=5e-4, fused=True)",
-    rates=_octaves(0.0125, 6),
-    build=lambda model, rate: torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=5e-4, fused=True),
-)
-_TAM = Arm(
-    name="TAM",
-    settings="torsion.TAM(momentum=0.9, weight_decay=5e-4)",
-    rates=_octaves(0.025, 6),
-    build=lambda model, rate: torsion.TAM(model.parameters(), lr=rate, momentum=0.9, weight_decay=5e-4),
-    observe=_damping_and_cosine,
-    op="tam_",
-)
-# beta2 = 0.99 rather than 0.999: a run of a few hundred steps must be able to warm up for 1/(1 - beta2) steps,
-# which AdaTAM needs because its second moment starts small and uncorrected (specs/tam.md, start-up burst).
-_ADAMW = Arm(
-    name="AdamW",
-    settings="torch.optim.AdamW(betas=(0.9, 0.99), weight_decay=0.1, fused=True) after clip_grad_norm_(1.0)",
-    rates=_octaves(1e-3, 3),
-    build=lambda model, rate: torch.optim.AdamW(
-        model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.1, fused=True
-    ),
-    after_backward=lambda model: nn.utils.clip_grad_norm_(model.parameters(), 1.0),
-)
-_ADATAMW = Arm(
-    name="AdaTAMW",
-    settings="torsion.AdaTAMW(betas=(0.9, 0.99), weight_decay=0.1, max_grad_norm=1.0)",
-    rates=_octaves(2e-4, 3),
-    build=lambda model, rate: torsion.AdaTAMW(
-        model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.1, max_grad_norm=1.0
-    ),
-    observe=_damping_and_cosine,
-    op="adatam_",
-)
+def _two_blocks(task: str, *arms: Arm) -> Comparison:
+    """Over as many epochs for every arm, then with as many gradients as the most expensive of them took."""
+    most = max(arm.evaluations for arm in arms)
+    spending = tuple(arm.spending(most) for arm in arms)
+    return Comparison(task, (Block("epochs", arms), Block("gradient evaluations", spending, in_gradients=True)))
+
 
 METHODS: dict[str, Method] = {
     method.name: method
-    for method in (Method("tam", "torque-aware momentum", {"digits": (_SGD, _TAM), "text": (_ADAMW, _ADATAMW)}),)
+    for method in (
+        Method(
+            "tam",
+            "torque-aware momentum",
+            {
+                "digits": _one_block("digits", known.SGD, known.TAM),
+                "text": _one_block("text", known.ADAMW, known.ADATAMW),
+            },
+        ),
+        Method(
+            "lookbehind",
+            "Lookbehind-SAM and SAM",
+            {
+                "digits": _two_blocks("digits-wrong-labels", known.DECAYED_SGD, known.SAM, known.LOOKBEHIND),
+                "text": _two_blocks("text-short", known.ADAMW, known.LOOKBEHIND_ADAMW),
+            },
+        ),
+    )
 }
 
 
-def select_arms(method: str, task: str) -> list[Arm]:
-    """The arms of one method, or of all registered ones, on a task; a shared baseline appears once."""
+def select(method: str, task: str) -> dict[str, Comparison]:
+    """The comparisons of one method, or of all registered ones, on a task; by the method's name."""
     if method != ALL and method not in METHODS:
         raise UsageError(f"--method {method}: not in this version; choose from {', '.join((*METHODS, ALL))}")
-    chosen = list(METHODS.values()) if method == ALL else [METHODS[method]]
-    arms = {arm.name: arm for entry in chosen for arm in entry.arms.get(task, ())}
-    if not arms:
-        able = [name for name, entry in METHODS.items() if task in entry.arms]
+    asked = METHODS if method == ALL else {method: METHODS[method]}
+    chosen = {name: entry.comparisons[task] for name, entry in asked.items() if task in entry.comparisons}
+    if not chosen:
+        able = [name for name, entry in METHODS.items() if task in entry.comparisons]
         raise UsageError(f"--method {method}: has no comparison on --task {task}; choose from {', '.join(able)}")
-    return list(arms.values())
+    return chosen
+
+
+def arms_on(task: str) -> list[Arm]:
+    """Every arm that some comparison trains on this task or variant."""
+    entries = [entry for method in METHODS.values() for entry in method.comparisons.values() if entry.task == task]
+    return list({arm.name: arm for entry in entries for arm in entry.arms}.values())

@@ -1,72 +1,38 @@
-"""What a demo leaves behind: the table on standard output and results.json."""
+"""What a demo leaves behind: the tables on standard output and results.json."""
 
 from __future__ import annotations
 
 import json
 import math
-import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
-from torsion.cli.demo.comparison import compare, summarize
-from torsion.cli.demo.registry import Arm
-from torsion.cli.demo.tasks import Task
+from torsion.cli.demo.comparison import Difference, seed_noise
+from torsion.cli.demo.outcome import Outcome
+from torsion.cli.demo.tables import difference_table, result_table
 from torsion.cli.demo.training import Run
 
-__all__ = ["Outcome", "count", "print_report", "write_json"]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Everything that was asked and done in one call of the demo.
-
-    Attributes:
-        task: what was trained on.
-        arms: the optimizers compared, baseline first.
-        runs: those that made at least one step, in the order they were made.
-        interrupted: whether Ctrl-C ended it early.
-        seconds: wall time of all runs together.
-        settings: the arguments as used.
-        facts: what the data were.
-        environment: versions, device, threads and back ends.
-    """
-
-    task: Task
-    arms: Sequence[Arm]
-    runs: Sequence[Run]
-    interrupted: bool
-    seconds: float
-    settings: dict[str, Any]
-    facts: dict[str, Any]
-    environment: dict[str, Any]
-
-    def of(self, arm: Arm) -> list[Run]:
-        """The runs of one arm."""
-        return [run for run in self.runs if run.plan.arm.name == arm.name]
-
-    @property
-    def window(self) -> int:
-        """Steps over which loss curves are averaged, for plots and for the final training loss."""
-        return max(1, int(self.settings["steps"]) // 20)
+__all__ = ["print_report", "write_json"]
 
 
 def print_report(outcome: Outcome, files: Sequence[Path]) -> None:
-    """Print the table, one sentence per comparison, and where the files are."""
+    """Print the tables, what can be said of the differences, and where the files are."""
     # A pipe has no width of its own; this one holds every table without wrapping.
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False)
-    console.print(_table(outcome))
-    baseline, *others = [outcome.of(arm) for arm in outcome.arms]
-    for other in others:
-        if baseline and other:
-            for metric in outcome.task.metrics:
-                console.print(compare(baseline, other, metric))
+    blocks = outcome.comparison.blocks
+    for block in blocks:
+        console.print(result_table(outcome, block))
+    if outcome.several:
+        console.print(difference_table(outcome))
+        if len(outcome.settings["seeds"]) == 1:
+            console.print(f"One seed. {_seed_noise(outcome)}")
+    else:
+        for difference in outcome.differences(blocks[0]):
+            console.print(difference.sentence())
     skipped = sum(run.skipped_steps or 0 for run in outcome.runs)
     if skipped:
         console.print(f"{skipped} steps were skipped because a gradient was not finite.")
@@ -82,49 +48,9 @@ def print_report(outcome: Outcome, files: Sequence[Path]) -> None:
     )
 
 
-def _table(outcome: Outcome) -> Table:
-    environment, settings = outcome.environment, outcome.settings
-    backends = ", ".join(f"{name} on back end {used}" for name, used in environment["back ends"].items())
-    table = Table(
-        title=f"{outcome.task.name}: {outcome.task.summary}\n{settings['steps']} steps, {_seeds(settings['seeds'])}, "
-        f"{environment['device']}, {count(environment['threads'], 'thread')}, torch {environment['torch']}, {backends}",
-        box=box.SIMPLE_HEAD,
-        caption="mean ± standard deviation over seeds; milliseconds are medians; training loss and damping are means\n"
-        f"over the last {outcome.window} steps; opt. step is the optimizer alone, train step includes it",
-    )
-    table.add_column("optimizer")
-    metrics = [f"{metric.label.replace(' ', chr(10), 1)}, {metric.unit}" for metric in outcome.task.metrics]
-    for heading in ("best\nrate", *metrics, "training\nloss", "ms/opt.\nstep", "ms/train\nstep", "damping"):
-        table.add_column(heading, justify="right")
-    for arm in outcome.arms:
-        table.add_row(*_row(arm, outcome))
-    return table
-
-
-def _row(arm: Arm, outcome: Outcome) -> list[str]:
-    runs = outcome.of(arm)
-    cells = [arm.name, f"{outcome.settings['rates'][arm.name]:g}"]
-    for metric in outcome.task.metrics:
-        cells.append(summarize([run.final(metric.key) for run in runs]).show(metric.digits))
-    cells.append(summarize([_tail(run.loss, outcome.window) for run in runs]).show(4))
-    for which in ("optimizer_ms", "training_ms"):
-        cells.append(f"{summarize([run.median_ms(which) for run in runs]).mean:.2f}" if runs else "-")
-    damping = [_tail(run.observed["damping"], outcome.window) for run in runs if "damping" in run.observed]
-    cells.append(f"{summarize(damping).mean:.2f}" if damping else "-")
-    return cells
-
-
-def _tail(values: Sequence[float], window: int) -> float:
-    return statistics.fmean(values[-window:])
-
-
-def count(number: int, noun: str) -> str:
-    """`1 thread`, `2 threads`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def _seeds(seeds: Sequence[int]) -> str:
-    return f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
+def _seed_noise(outcome: Outcome) -> str:
+    metric = outcome.task.metrics[0]
+    return f"{metric.label}: {seed_noise([run for run in outcome.runs if run.plan.arm.length == 1], metric)}"
 
 
 def write_json(outcome: Outcome, path: Path) -> None:
@@ -136,6 +62,14 @@ def write_json(outcome: Outcome, path: Path) -> None:
         "settings": outcome.settings,
         "data": outcome.facts,
         "environment": outcome.environment,
+        "comparisons": [
+            {
+                "equal": block.equal,
+                "optimizers": [arm.name for arm in block.arms],
+                "differences": [_difference(difference) for difference in outcome.differences(block)],
+            }
+            for block in outcome.comparison.blocks
+        ],
         "runs": [_run(run) for run in outcome.runs],
     }
     path.write_text(json.dumps(_finite(record), indent=1) + "\n", encoding="utf-8")
@@ -145,20 +79,34 @@ def _run(run: Run) -> dict[str, Any]:
     return {
         "optimizer": run.plan.arm.name,
         "settings": run.plan.arm.settings,
-        "rate": run.plan.rate,
+        "rate": run.plan.choice.rate,
+        **({run.plan.arm.strength.name: run.plan.choice.strength} if run.plan.arm.strength else {}),
         "seed": run.plan.seed,
         "finished": run.finished,
         "steps": len(run.loss),
+        "gradients": run.gradients,
         "parameters": run.parameters,
         "skipped_steps": run.skipped_steps,
         "timing": {
             "optimizer_ms_median": run.median_ms("optimizer_ms"),
             "training_ms_median": run.median_ms("training_ms"),
             "steps_timed": len(run.training_ms),
+            "training_seconds": run.seconds,
         },
         "evaluations": run.evaluations,
+        "weight_noise": run.weight_noise,
         "loss": run.loss,
         **run.observed,
+    }
+
+
+def _difference(difference: Difference) -> dict[str, Any]:
+    return {
+        "of": difference.names,
+        "metric": difference.metric.key,
+        "mean": difference.mean,
+        "margin": difference.margin,
+        "verdict": difference.verdict,
     }
 
 

@@ -8,14 +8,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torsion.cli.demo.registry import Arm
-from torsion.cli.demo.tasks import Data, Task
+from torsion.cli.demo.arms import Arm, Choice
+from torsion.cli.demo.tasks import UNDER_WEIGHT_NOISE, Data, Task
+from torsion.cli.demo.weight_noise import under_weight_noise
 
 __all__ = ["Plan", "Run", "rate_factor", "train"]
 
@@ -25,15 +27,14 @@ _SAMPLE_ON_GPU = 5  # every so many steps is timed there, because timing one mea
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run is asked to do; it is evaluated that many times, evenly spread, the last time at its end."""
+    """What a run is asked to do."""
 
     task: Task
     arm: Arm
-    rate: float
+    choice: Choice
     seed: int
     steps: int
     device: torch.device
-    evaluations: int = 20
 
 
 @dataclass
@@ -46,6 +47,10 @@ class Run:
     observed: dict[str, list[float]] = field(default_factory=dict)
     #: One dictionary of metrics per evaluation, with the "step" after which it was made.
     evaluations: list[dict[str, float]] = field(default_factory=list)
+    #: Gradients computed, all steps together.
+    gradients: int = 0
+    #: level -> the first metric for each draw of the noise; empty where the task has no levels, or the run was stopped.
+    weight_noise: dict[float, list[float]] = field(default_factory=dict)
     optimizer_ms: list[float] = field(default_factory=list)
     training_ms: list[float] = field(default_factory=list)
     skipped_steps: int | None = None
@@ -56,13 +61,18 @@ class Run:
         return len(self.loss) == self.plan.steps
 
     def final(self, metric: str) -> float:
-        """The metric after the last step made; nan before the first evaluation."""
-        return self.evaluations[-1][metric] if self.evaluations else math.nan
+        """The metric after the last step made; nan when it was not measured."""
+        return self.evaluations[-1].get(metric, math.nan) if self.evaluations else math.nan
 
     def median_ms(self, which: str) -> float:
         """Median of `optimizer_ms` or `training_ms`; nan when no step was timed."""
         times: list[float] = getattr(self, which)
         return statistics.median(times) if times else math.nan
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in training steps, evaluations of the metrics left out; from those steps that were timed."""
+        return 1e-3 * statistics.fmean(self.training_ms) * len(self.loss) if self.training_ms else math.nan
 
 
 def rate_factor(step: int, steps: int, warmup: int) -> float:
@@ -91,6 +101,7 @@ def _timed_step(
         begin = now()
         loss = compute()
         inside += now() - begin
+        run.gradients += 1
         prepare()
         return loss
 
@@ -115,15 +126,30 @@ def train(plan: Plan, data: Data, progress: Callable[[int, float, float], None],
     """
     torch.manual_seed(plan.seed)
     model = plan.task.model().to(plan.device)
-    optimizer = plan.arm.build(model, plan.rate)
+    run = Run(plan, parameters=sum(weight.numel() for weight in model.parameters()))
+    with plan.arm.around(model):
+        _loop(run, model, data, progress, stop)
+    if run.finished and plan.task.weight_noise:
+        metric = plan.task.metrics[0].key
+        run.weight_noise = under_weight_noise(
+            model, plan.task.weight_noise, plan.seed, lambda: data.evaluate(model, plan.seed)[metric]
+        )
+        run.evaluations[-1][UNDER_WEIGHT_NOISE] = statistics.fmean(chain.from_iterable(run.weight_noise.values()))
+    return run
+
+
+def _loop(
+    run: Run, model: nn.Module, data: Data, progress: Callable[[int, float, float], None], stop: Callable[[], bool]
+) -> None:
+    plan = run.plan
+    optimizer = plan.arm.build(model, plan.choice)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: rate_factor(step, plan.steps, plan.task.warmup)
     )
-    run = Run(plan, parameters=sum(weight.numel() for weight in model.parameters()))
     batches = data.batches(plan.seed)
     losses: list[Tensor] = []
     observed: dict[str, list[Tensor]] = {}
-    evaluate_every = max(1, plan.steps // plan.evaluations)
+    evaluate_every = max(1, plan.steps // plan.task.evaluations)
 
     def prepare() -> None:
         if plan.arm.after_backward is not None:
@@ -143,7 +169,7 @@ def train(plan: Plan, data: Data, progress: Callable[[int, float, float], None],
             observed.setdefault(name, []).append(value.detach().clone())
         made, stopping = index + 1, stop()
         if made % evaluate_every == 0 or made == plan.steps or stopping:
-            run.evaluations.append({"step": made, **data.evaluate(model)})
+            run.evaluations.append({"step": made, **data.evaluate(model, plan.seed)})
         if made % _REFRESH == 0 or made == plan.steps or stopping:
             progress(made, losses[-1].item(), rate)
         if stopping:
@@ -152,7 +178,6 @@ def train(plan: Plan, data: Data, progress: Callable[[int, float, float], None],
     run.observed = {name: _read(values) for name, values in observed.items()}
     if plan.arm.op is not None:
         run.skipped_steps = _skipped(optimizer)
-    return run
 
 
 def _skipped(optimizer: Optimizer) -> int | None:

@@ -1,0 +1,25 @@
+// Lookbehind's passes on a CPU.
+#include <torch/csrc/stable/library.h>
+
+#include "rules/cycle.h"
+#include "step.h"
+
+namespace torsion::cpu {
+namespace {
+
+void lookbehind_planned(int64_t table, int64_t rule, std::vector<int64_t> streams, bool opens, Tensor shared,
+                        Tensor steps, Tensor status, Tensor hyper, TensorList lrs, MaybeTensor found_inf,
+                        std::optional<double> max_grad_norm, int64_t phase, MaybeTensor sums, MaybeTensor) {
+  const MaybeTensor no_scale;
+  const StepTensors in{shared, steps, status, hyper, lrs, no_scale, found_inf, max_grad_norm, opens};
+  const bool known = CycleRules::visit(rule, [&]<class Rule>() {
+    run<Rule>(*reinterpret_cast<Table*>(table), in, Phase(phase), sums, read_slots<Rule>(streams));
+  });
+  STD_TORCH_CHECK(known, "lookbehind: there is no rule ", rule);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(torsion, CPU, m) { m.impl("lookbehind_planned_", TORCH_BOX(&lookbehind_planned)); }
+
+}  // namespace torsion::cpu
