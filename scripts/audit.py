@@ -1,15 +1,18 @@
 """What a GPU would be asked to run, checked without one (`make audit`).
 
-    python scripts/audit.py [cuda] [triton] [shim] [--record]
+    python scripts/audit.py [cuda] [triton] [shim] [--each] [--record]
 
-cuda    nvcc compiles csrc/**/*.cu with the flags of setup.py for sm_80, sm_90 and sm_100
+cuda    nvcc compiles csrc/**/*.cu with the flags of setup.py for sm_80, sm_90 and sm_100: every kernel for all three
 triton  the kernels of triton_kernels/ (their audit_cases()) are compiled ahead of time for sm_90
-shim    tests/test_cuda_engine.py runs the CUDA engine on the CPU under AddressSanitizer and UBSan; its checks with real
-        threads for those of a block also under ThreadSanitizer, which sees a missing barrier
+shim    tests/test_cuda_engine.py runs the CUDA engine on the CPU: under AddressSanitizer and UBSan; its checks with
+        real threads, for those of a block, also under ThreadSanitizer, which sees a missing barrier; Lookbehind's
+        cycles with every base without a sanitizer (with one, the compiler alone would take five minutes), while the
+        others take the simplest and the widest
 
-For each kernel the table shows registers and 128-bit loads and stores; audit_limits.json holds the most registers and
-the fewest accesses, spills and stack must be 0. --record loosens the limits to what was found (delete the file first
-to tighten them too): read its diff.
+For each family of kernels (--each: each kernel) the table shows registers and 128-bit loads and stores. A family are
+kernels that differ in a base optimizer with as many states, in ASAM, or between the 16-bit types; audit_limits.json
+holds the most registers and the fewest accesses of each. Spills and stack must be 0. --record loosens the limits to
+what was found (delete the file first to tighten them too): read its diff.
 MAX_JOBS (default 2) compilers run at a time.
 """
 
@@ -28,7 +31,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +42,13 @@ LIMITS = ROOT / "scripts/audit_limits.json"
 ARCHS = (80, 90, 100)
 TRITON_ARCH = 90
 MEMORY = "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all"
-RACES = "-g1 -fsanitize=thread"
+RACES = "-O0 -g1 -fsanitize=thread"
+STATES = dict.fromkeys(("Sgd<false>", "sgd"), "0 states")
+STATES |= dict.fromkeys(("Sgd<true>", "sgd_momentum", "Tam", "tam"), "1 state")
+STATES |= dict.fromkeys(("Adam", "adam", "AdaTam", "adatam"), "2 states")
+"""How many arrays a base optimizer's update moves beside the weights, under its names in C++ and in Triton."""
+SUMS = {name: "damped" if "tam" in name.lower() else "norm" for name in STATES}
+"""What its reduce sums: the gradient's norm alone, or the products that damping takes too."""
 SHORT = {
     "Types<float, float, float, float>": "F32",
     "Types<double, double, double, double>": "F64",
@@ -97,6 +107,24 @@ def readable(mangled: str) -> str:
     return name
 
 
+def family(name: str) -> str:
+    """The kernels that share a limit with this one."""
+    name = name.replace(" >", ">").replace(", 256>", ">").replace("<256>", "")
+    if name.startswith(("finalize_kernel", "resolve_kernel")):
+        return name.partition("<")[0] + "<*>"
+    for scalars in (" finalize ", " add up"):  # of Triton's
+        if scalars in name:
+            return f"*{scalars}".rstrip()
+    names = SUMS if name.startswith("reduce_kernel") or " reduce " in name else STATES
+    bases = "|".join(re.escape(base) for base in sorted(names, key=len, reverse=True))
+    name = re.sub(rf"\b({bases})(?!\w)", lambda found: names[found[1]], name)
+    if names is STATES:
+        name = re.sub(r"\bAscent<(?:true|false), ", "Ascent<*, ", name)
+        name = re.sub(r"\bBlend<(?:true|false)>", "Blend<*>", name)
+        name = re.sub(r"\b(DescentAscent<\d states?), (?:true|false)>", r"\1>", name).replace("/asam ", " ")
+    return re.sub(r"\bB?F16\b", "16 bit", name)
+
+
 def examine(cubin: Path, part: str, arch: int, name: str | None = None) -> list[Found]:
     """Read the resources of every kernel in a cubin; ``name`` overrides the mangled one."""
     usage = text_of(tool("cuobjdump"), "--dump-resource-usage", str(cubin))
@@ -148,7 +176,7 @@ def compile_cuda(nvcc: str, source: Path, archs: list[int]) -> list[Found]:
     flags = [*cpp_extension.COMMON_NVCC_FLAGS, *flags_of_setup(), "-Xcompiler=-fPIC"]
     flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     include = [f"-I{path}" for path in (ROOT / "csrc", *cpp_extension.include_paths())]
-    found = []
+    found, begin = [], time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         text_of(nvcc, *flags, *include, "-c", "-o", f"{folder}/kernels.o", str(source))
         text_of(tool("cuobjdump"), "-xelf", "all", "kernels.o", cwd=folder)
@@ -157,8 +185,9 @@ def compile_cuda(nvcc: str, source: Path, archs: list[int]) -> list[Found]:
             if arch is None:
                 raise AuditError(f"no architecture in the name {cubin.name}: the audit no longer understands cuobjdump")
             found += examine(cubin, "cuda", int(arch[1]))
-    if {row.arch for row in found} != set(archs):
+    if found and {row.arch for row in found} != set(archs):
         raise AuditError(f"{source.name}: compiled for {archs}, found {sorted({row.arch for row in found})}")
+    print(f"{source.name}: {len(found) // len(archs)} kernels, {time.monotonic() - begin:.0f} s", flush=True)
     return found
 
 
@@ -221,50 +250,57 @@ def shim_job(title: str, flags: str, *options: str) -> list[Found]:
     except AuditError as error:
         if "unexpected memory mapping" not in str(error):
             raise
-        print(f"audit: shim not run under {title}: this gcc's runtime does not fit the kernel's address layout")
+        print(f"audit: shim not run, {title}: this gcc's runtime does not fit the kernel's address layout")
     else:
-        print(f"shim under {title}: {printed.strip().splitlines()[-1].strip('= ')}")
+        print(f"shim, {title}: {printed.strip().splitlines()[-1].strip('= ')}")
     return []
 
 
 # ---------------------------------------------------------------------------------------------------------- verdict
 
 
-def by_kernel(found: list[Found]) -> dict[str, dict[str, list[Found]]]:
-    """The rows of each kernel of each part."""
-    table: dict[str, dict[str, list[Found]]] = {}
+Table = dict[str, dict[str, list[Found]]]
+"""Part -> name -> rows."""
+Limits = dict[str, dict[str, list[int]]]
+"""Part -> family -> most registers, fewest 128-bit loads and stores."""
+
+
+def table_of(found: list[Found], key: Callable[[str], str]) -> Table:
+    """The rows by part and ``key`` of the kernel's name."""
+    table: Table = {}
+    seen = set()
     for row in sorted(found, key=lambda row: (row.part, row.name, row.arch)):
-        rows = table.setdefault(row.part, {}).setdefault(row.name, [])
-        if row.arch not in [other.arch for other in rows]:  # a kernel of no rule is in every object file
-            rows.append(row)
+        if (row.part, row.name, row.arch) not in seen:  # a kernel of no rule is in every object file
+            seen.add((row.part, row.name, row.arch))
+            table.setdefault(row.part, {}).setdefault(key(row.name), []).append(row)
     return table
 
 
-def violations(table: dict[str, dict[str, list[Found]]], limits: dict[str, dict[str, list[int]]]) -> Iterator[str]:
-    for part, kernels in table.items():
-        for name, rows in kernels.items():
+def violations(table: Table, limits: Limits) -> Iterator[str]:
+    for part, families in table.items():
+        for name, rows in families.items():
             registers, loads, stores = limits.get(part, {}).get(name, (0, 0, 0))
             if registers == 0:
                 yield f"{name}: no limit in {LIMITS.name}; add one with --record"
                 continue
             for row in rows:
-                where = f"{name} sm_{row.arch}"
+                where = f"{row.name} sm_{row.arch}"
                 if row.registers > registers:
                     yield f"{where}: {row.registers} registers, at most {registers}"
                 if row.loads < loads or row.stores < stores:
                     yield f"{where}: 128-bit loads/stores {row.loads}/{row.stores}, at least {loads}/{stores}"
                 if row.stack or row.spills:
                     yield f"{where}: {row.stack} bytes of stack, {row.spills} spill instructions, must be 0"
-        for name in limits.get(part, {}).keys() - kernels.keys():
+        for name in limits.get(part, {}).keys() - families.keys():
             yield f"{name}: in {LIMITS.name} but not compiled; remove it or find out why"
 
 
-def record(table: dict[str, dict[str, list[Found]]], limits: dict[str, dict[str, list[int]]]) -> None:
+def record(table: Table, limits: Limits) -> None:
     """Loosen the limits to what was found, registers rounded up to the eights in which a GPU hands them out."""
-    for part, kernels in table.items():
+    for part, families in table.items():
         old = limits.get(part, {})
         limits[part] = {}
-        for name, rows in kernels.items():
+        for name, rows in families.items():
             registers, loads, stores = old.get(name, (0, sys.maxsize, sys.maxsize))
             limits[part][name] = [
                 max(registers, -(-max(row.registers for row in rows) // 8) * 8),
@@ -273,27 +309,30 @@ def record(table: dict[str, dict[str, list[Found]]], limits: dict[str, dict[str,
             ]
     lines = [
         f"  {json.dumps(part)}: {{\n"
-        + ",\n".join(f"    {json.dumps(name)}: {json.dumps(limit)}" for name, limit in limits[part].items())
+        + ",\n".join(f"    {json.dumps(name)}: {json.dumps(limit)}" for name, limit in sorted(limits[part].items()))
         + "\n  }"
         for part in sorted(limits)
     ]
     LIMITS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def print_table(table: dict[str, dict[str, list[Found]]]) -> None:
-    for part, kernels in table.items():
-        archs = sorted({row.arch for rows in kernels.values() for row in rows})
-        width = max(map(len, kernels))
-        print(f"\n{part + ' kernel':{width}}  registers sm_{'/'.join(map(str, archs)):14} 128-bit loads / stores")
-        for name, rows in kernels.items():
+def print_table(table: Table) -> None:
+    for part, names in table.items():
+        archs = sorted({row.arch for rows in names.values() for row in rows})
+        width = max(map(len, names))
+        print(f"\n{part:{width}}  kernels  registers sm_{'/'.join(map(str, archs)):14} 128-bit loads / stores")
+        for name, rows in sorted(names.items()):
+            most = [max((row.registers for row in rows if row.arch == arch), default=0) for arch in archs]
             each = [{getattr(row, key) for row in rows} for key in ("loads", "stores")]
             accesses = " / ".join("-".join(map(str, sorted(values))) for values in each)
-            print(f"{name:{width}}  {'/'.join(str(row.registers) for row in rows):27} {accesses}")
+            count = len({row.name for row in rows})
+            print(f"{name:{width}}  {count:7}  {'/'.join(map(str, most)):27} {accesses}")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="cuda|triton|shim", help="default: all")
+    parser.add_argument("--each", action="store_true", help="a line for each kernel instead of each family")
     parser.add_argument("--record", action="store_true", help=f"loosen {LIMITS.name} to what is found")
     parser.add_argument("--triton-worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -311,6 +350,8 @@ def main() -> int:
         jobs: list[Future[list[Found]]] = []
         if "shim" in parts:
             jobs.append(pool.submit(shim_job, "AddressSanitizer and UBSan", MEMORY))
+            every_base = "cycle_test and not test_every_check_is_found"
+            jobs.append(pool.submit(shim_job, "no sanitizer, every base", "-DTORSION_EVERY_BASE", "-k", every_base))
             jobs.append(pool.submit(shim_job, "ThreadSanitizer", RACES, "-k", "real_threads or ranges"))
         if "triton" in parts and importlib.util.find_spec("triton") is None:
             print("audit: no triton, its kernels not checked; pip install triton")
@@ -323,8 +364,8 @@ def main() -> int:
                 found += job.result()
             except AuditError as error:
                 problems.append(str(error))
-    table = by_kernel(found)
-    print_table(table)
+    table = table_of(found, family)
+    print_table(table_of(found, str) if options.each else table)
     limits = json.loads(LIMITS.read_text()) if LIMITS.exists() else {}
     if options.record and not problems:
         record(table, limits)

@@ -111,15 +111,15 @@ export PYTHON OUT
 sanitizer=(compute-sanitizer --kernel-name kernel_substring=torsion --error-exitcode 1 --print-limit 20)
 
 stage "environment" 60 bash -c environment
-stage "CUDA against CPU, a subset" 60 "$PYTHON" scripts/gpu_subset.py check
-stage "GPU tests" 130 "$PYTHON" -m pytest -q -m cuda -p no:cacheprovider
+stage "CUDA against CPU, a subset" 75 "$PYTHON" scripts/gpu_subset.py check
+stage "GPU tests" 160 "$PYTHON" -m pytest -q -m cuda -p no:cacheprovider
 if command -v compute-sanitizer >/dev/null; then
   # Each tensor in an allocation of its own, so that a byte beyond it is seen.
-  stage "memcheck" 90 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${sanitizer[@]}" --tool memcheck "$PYTHON" scripts/gpu_subset.py check
+  stage "memcheck" 110 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${sanitizer[@]}" --tool memcheck "$PYTHON" scripts/gpu_subset.py check
 else
   skip "memcheck" "no compute-sanitizer on PATH"
 fi
-stage "benchmarks" 180 "$PYTHON" -m torsion bench tam adatam --device cuda --json "$OUT/bench.json"
+stage "benchmarks" 180 "$PYTHON" -m torsion bench tam adatam lookbehind --device cuda --json "$OUT/bench.json"
 if command -v ncu >/dev/null; then
   stage "DRAM bytes" 60 bash -c traffic
 else

@@ -94,8 +94,9 @@ def phase_of(
     every = ("source", "target", "slow", "first", "perturbed")
     lists: dict[str, Any] = {name: randoms() if name in _LISTS[which] else [] for name in every}
     if lists["perturbed"]:
-        full = [p if p.dtype == q.dtype else p.float() for p, q in zip(params, lists["perturbed"], strict=True)]
-        lists["perturbed"] = full
+        # Where the parameter is a rounded copy, an outer step does not find anything in the buffer.
+        found = [torch.full_like(q, torch.nan) if which == "opening_ascent" else q for q in lists["perturbed"]]
+        lists["perturbed"] = [p if p.dtype == q.dtype else q for p, q in zip(params, found, strict=True)]
     states = [randoms() for _ in (base.states if base else ())]
     if len(states) == 2:
         states[1] = [t.square() for t in states[1]]

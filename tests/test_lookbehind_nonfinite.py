@@ -152,8 +152,9 @@ def test_the_remaining_phases_do_nothing(base, fast_target):
         assert int(optimizer.skipped_steps()) == 1
 
 
-def test_several_bad_gradients_of_one_outer_step_count_once(fast_target):
-    optimizer, control = build(fast_target), build(fast_target)
+@each_kind
+def test_several_bad_gradients_of_one_outer_step_count_once(base, fast_target):
+    optimizer, control = build(fast_target, base), build(fast_target, base)
     grads = evaluations(optimizer, K + 1)
     compared(optimizer, control, grads, spoiled(spoiled(grads, 1), 3, INF))
     phases(optimizer, [[torch.full_like(g, NAN) for g in each] for each in grads], K)

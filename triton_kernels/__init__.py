@@ -2,8 +2,10 @@
 
 ``tam`` and ``adatam`` each offer ``step_(step)``, a whole optimizer step, and ``reduce(step)`` with
 ``apply_(step, sums)``, the same in two halves for an all-reduce in between. ``step`` is a
-:class:`torsion.ops._frame.Step`. They compute what the compiled back ends compute (``csrc/engine/frame.h``), on CUDA
-tensors; with TRITON_INTERPRET=1 set before the first import, on CPU tensors, for tests.
+:class:`torsion.ops._frame.Step`. ``lookbehind`` offers them for the passes of an outer step, each a
+:class:`torsion.ops._frame.Phase`; ``sgd`` and ``adam`` hold the equations of bases that have no step here. They compute
+what the compiled back ends compute (``csrc/engine/frame.h``), on CUDA tensors; with TRITON_INTERPRET=1 set before the
+first import, on CPU tensors, for tests.
 
 ===============  ======================================================================================
 ``engine.py``    what the rules share: the reduce pass, the sums, the step's decision, the launches

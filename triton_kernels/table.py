@@ -244,17 +244,18 @@ class Table:
             if stream.column is not None and self.pointers.get(stream.column) != own:
                 moved[stream.column] = own
         now = self.pointers | moved
-        lost = [s for s in zip(streams, pointers, strict=True) if s[0].column is None]
-        for stream, own in lost:
+        buffers = [(stream.name, own) for stream, own in zip(streams, pointers, strict=True) if stream.column is None]
+        for name, own in buffers:
             at = next((c for c in anywhere if now.get(c) == own), None)
             if at is not None:
-                columns[stream.name] = at
-        for stream, own in lost:
-            if stream.name not in columns:
-                known = next((c for c in moved if c in BUFFERS and moved[c] == own), None)
-                free = [c for c in BUFFERS if c not in columns.values()]
-                at = min(free, key=lambda c: c in self.pointers) if known is None else known
-                columns[stream.name], moved[at] = at, own
+                columns[name] = at
+        for name, own in buffers:
+            if name in columns:
+                continue
+            same = next((c for c in moved if c in BUFFERS and moved[c] == own), None)  # two lists may be one buffer
+            free = [c for c in BUFFERS if c not in columns.values()]
+            at = min(free, key=lambda c: c in self.pointers) if same is None else same
+            columns[name], moved[at] = at, own
         return columns, moved
 
     def point(

@@ -1,8 +1,7 @@
-// Lookbehind's passes on a CPU.
-#include <torch/csrc/stable/library.h>
+// Lookbehind's passes on a CPU: registers the op. No kernel is in this file.
+#include "lookbehind.h"
 
-#include "rules/cycle.h"
-#include "step.h"
+#include <torch/csrc/stable/library.h>
 
 namespace torsion::cpu {
 namespace {
@@ -12,9 +11,8 @@ void lookbehind_planned(int64_t table, int64_t rule, std::vector<int64_t> stream
                         std::optional<double> max_grad_norm, int64_t phase, MaybeTensor sums, MaybeTensor) {
   const MaybeTensor no_scale;
   const StepTensors in{shared, steps, status, hyper, lrs, no_scale, found_inf, max_grad_norm, opens};
-  const bool known = CycleRules::visit(rule, [&]<class Rule>() {
-    run<Rule>(*reinterpret_cast<Table*>(table), in, Phase(phase), sums, read_slots<Rule>(streams));
-  });
+  const CyclePass pass{*reinterpret_cast<Table*>(table), in, streams, Phase(phase), sums};
+  const bool known = CycleRules::visit(rule, [&]<class Rule>() { run_pass<Rule>(pass); });
   STD_TORCH_CHECK(known, "lookbehind: there is no rule ", rule);
 }
 

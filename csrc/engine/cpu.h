@@ -331,8 +331,8 @@ struct Body {
   static TORSION_INLINE void restore(const Work& work) {
     if constexpr (Rule::kRestores) {
       Nearest::Block round;
-      Body<Rule, T, Nearest>::template sweep<kRestore>(
-          work, round, [](E& e) __attribute__((always_inline)) { Rule::restore(e); });
+      Body<Rule, T, Nearest>::template sweep<kRestore>(work, round,
+                                                       [](E& e) __attribute__((always_inline)) { Rule::restore(e); });
     }
   }
 };
@@ -345,7 +345,8 @@ struct PieceFunctions {
 };
 
 // x86-64-v4, v3 and the baseline; TORSION_ISA=0|1|2 forces a lower one, so that tests can compare their bits.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+// TORSION_ONE_LEVEL leaves all but the baseline out, for programs that are compiled often.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && !defined(TORSION_ONE_LEVEL)
 #define TORSION_X86_LEVELS 1
 inline int isa_level() {
   static const int level = [] {
@@ -488,9 +489,9 @@ struct Runner {
         if (f.status->skip)
           piece_functions<Rule>(row.kind).restore(work);
         else
-          piece_functions<Rule>(row.kind).update(
-              work, reinterpret_cast<const double*>(f.coefficients + f.pieces[k].row),
-              uint64_t(f.hyper[row.group].seed), uint32_t(f.steps[row.tensor]));
+          piece_functions<Rule>(row.kind).update(work,
+                                                 reinterpret_cast<const double*>(f.coefficients + f.pieces[k].row),
+                                                 uint64_t(f.hyper[row.group].seed), uint32_t(f.steps[row.tensor]));
       }
     };
     // No more threads than pieces: waking one for nothing costs more than a small step.

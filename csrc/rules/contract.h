@@ -57,10 +57,10 @@ struct Common {
 
 // What a coefficient may depend on besides hyper-parameters and scope.
 struct Site {
-  double step;  // the tensor's own steps, this one included
-  double clip;  // factor of the raw gradient, min(1, max_norm / (norm + 1e-6))
-  bool first;   // the tensor's first step, of a rule that clones
-  bool scaled;  // the row's flag
+  double step;        // the tensor's own steps, this one included
+  double clip;        // factor of the raw gradient, min(1, max_norm / (norm + 1e-6))
+  bool first;         // the tensor's first step, of a rule that clones
+  bool scaled;        // the row's flag
   const double* all;  // sums over every tensor of the step
 };
 

@@ -37,7 +37,8 @@ using AscentRules = RuleList<Ascent<false, true>, Ascent<true, true>, Ascent<fal
 template <class Base>
 using RulesOf = RuleList<DescentAscent<Base, false>, DescentAscent<Base, true>, Descent<Base>, DescentBlend<Base>>;
 
-using CycleRules = Join<AscentRules, Join<Join<RulesOf<Sgd<false>>, RulesOf<Sgd<true>>>,
-                                          Join<RulesOf<Adam>, Join<RulesOf<Tam>, RulesOf<AdaTam>>>>>;
+using CycleRules =
+    Join<AscentRules,
+         Join<Join<RulesOf<Sgd<false>>, RulesOf<Sgd<true>>>, Join<RulesOf<Adam>, Join<RulesOf<Tam>, RulesOf<AdaTam>>>>>;
 
 }  // namespace torsion

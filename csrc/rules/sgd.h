@@ -80,12 +80,8 @@ struct Sgd<true> : SgdCommon {
   template <class R>
   TORSION_HD static Coefficients<R> coefficients(const Shared&, const Hyper& h, const Site& site) {
     const bool nesterov = h.nesterov != 0;
-    return {R(site.first ? 0. : h.momentum),
-            R(site.first ? 1. : 1 - h.dampening),
-            R(h.weight_decay),
-            R(nesterov ? 1. : 0.),
-            R(nesterov ? h.momentum : 1.),
-            R(h.lr)};
+    return {R(site.first ? 0. : h.momentum), R(site.first ? 1. : 1 - h.dampening), R(h.weight_decay),
+            R(nesterov ? 1. : 0.),           R(nesterov ? h.momentum : 1.),        R(h.lr)};
   }
 
   template <class E, class C>

@@ -40,35 +40,30 @@ void for_bases(Check check) {
 }
 
 // Every pass on numbers of its own, whose sums are exact: the same bits after each.
-template <int Threads = 1>
 struct Compared {
   CycleWorld cpu, device;
   int64_t grid;
   bool split;
   uint32_t passes = 0;
-  Compared(const Setup& setup, int64_t grid, bool split = false) : cpu(setup), device(setup), grid(grid), split(split) {}
+  Compared(const Setup& setup, int64_t grid, bool split = false)
+      : cpu(setup), device(setup), grid(grid), split(split) {}
 
   template <class Rule>
   void pass(Route route, bool opens = false) {
     ++passes;
     for (CycleWorld* w : {&cpu, &device}) w->new_numbers(passes);
     cpu.on_cpu<Rule>(route, opens, split);
-    device.on_device<Rule, Threads>(grid, route, opens, split);
+    device.on_device<Rule>(grid, route, opens, split);
     const std::string where = cpu.differs(device);
     REQUIRE(where.empty(), Rule::label() + " grid " + std::to_string(grid) + ": " + where);
     REQUIRE(device.status.skip == kGo && device.ticket() == 0);
   }
 };
 
-Setup scaled(Setup s) {
-  for (size_t t = 0; t < s.tensors.size(); ++t) s.tensors[t].scaled = t % 3 != 0;
-  return s;
-}
-
 void kinds() {
   for (int32_t kind = 0; kind < kKinds; ++kind)
     for_bases([&]<class Base, bool Asam> {
-      Compared<> runs(scaled({.tensors = sizes(kind), .shared_double = kind == kF64}), 3);
+      Compared runs(scaled({.tensors = sizes(kind, 20001), .shared_double = kind == kF64}), 3);
       adaptive_cycle<Base, Asam>(runs);
       fixed_cycle<Base, Asam>(runs);
     });
@@ -77,7 +72,7 @@ void kinds() {
 void scopes_groups_kinds() {
   for (bool split : {false, true})
     for_bases([&]<class Base, bool Asam> {
-      Compared<> runs(scaled(mixed()), split ? 1 : 3, split);
+      Compared runs(scaled(mixed()), split ? 1 : 3, split);
       adaptive_cycle<Base, Asam>(runs);
       fixed_cycle<Base, Asam>(runs);
     });
@@ -85,7 +80,7 @@ void scopes_groups_kinds() {
 
 void fixed_blend() {
   for (double alpha : {0., .375, .5, 1.}) {
-    Compared<> runs(mixed(), 3);
+    Compared runs(mixed(), 3);
     runs.cpu.alpha = runs.device.alpha = alpha;
     runs.pass<Blend<false>>({.source = kFastSlot}, true);
   }
@@ -95,7 +90,7 @@ void clip() {
   Setup s = scaled(mixed());
   s.max_norm = 3;
   s.found_inf = 0.f;
-  Compared<> runs(s, 3);
+  Compared runs(s, 3);
   adaptive_cycle<AdaTam, true>(runs);
 }
 
@@ -104,7 +99,7 @@ void stochastic_rounding() {
     Setup s;
     for (int64_t key : {int64_t(0), int64_t(5), int64_t(8), (int64_t(1) << 33) + 3})
       for (int offset : {0, 1}) s.tensors.push_back({.n = 17001, .kind = kind, .offset = offset, .key = key});
-    Compared<> runs(s, 3);
+    Compared runs(s, 3);
     adaptive_cycle<Sgd<true>, true>(runs);
     fixed_cycle<Sgd<true>, true>(runs);
   }
@@ -114,7 +109,7 @@ void many_groups() {
   for (int32_t groups : {17, 18, 90}) {
     Setup s{.groups = groups};
     for (int32_t g = 0; g < groups; ++g) s.tensors.push_back({.n = 50 + g, .group = g, .scaled = g % 2 == 0});
-    Compared<> runs(s, 3);
+    Compared runs(s, 3);
     adaptive_cycle<AdaTam, true>(runs);
     fixed_cycle<Sgd<true>, true>(runs);
   }
@@ -122,7 +117,7 @@ void many_groups() {
 
 void nothing_to_do() {
   for (bool split : {false, true}) {
-    Compared<> none({.scopes = 0, .groups = 0}, 1, split), empty({.tensors = {{0}, {.n = 0, .kind = kBF16}}}, 3, split);
+    Compared none({.scopes = 0, .groups = 0}, 1, split), empty({.tensors = {{0}, {.n = 0, .kind = kBF16}}}, 3, split);
     adaptive_cycle<Sgd<true>, true>(none);
     adaptive_cycle<Sgd<true>, true>(empty);
   }
@@ -284,21 +279,6 @@ void launches_per_pass() {
   blend.pass<Blend<false>>({}, true);
 }
 
-// Two warps of real threads: barriers, butterflies and queues of the widest rules, and their restore.
-void real_threads() {
-  Setup s = scaled(mixed());
-  s.tensors.resize(7);
-  Compared<64> runs(s, 2);
-  adaptive_cycle<AdaTam, true>(runs);
-  runs.cpu.new_numbers(1);
-  runs.device.new_numbers(1);
-  for (CycleWorld* w : {&runs.cpu, &runs.device}) put(w->table.rows[2].at[kGradSlot], w->table.rows[2].kind, 1, 0, NAN);
-  const Route route{.source = kFirstSlot, .target = kFastSlot};
-  runs.cpu.on_cpu<DescentAscent<AdaTam, true>>(route);
-  runs.device.on_device<DescentAscent<AdaTam, true>, 64>(2, route);
-  REQUIRE(runs.device.status.skip == kSkip && first_difference(runs.cpu.memory, runs.device.memory).empty());
-}
-
 const Checks kChecks = {
     {"kinds", kinds},
     {"scopes_groups_kinds", scopes_groups_kinds},
@@ -311,7 +291,6 @@ const Checks kChecks = {
     {"grid_independence", grid_independence},
     {"captured_cycle", captured_cycle},
     {"launches_per_pass", launches_per_pass},
-    {"real_threads", real_threads},
 };
 
 }  // namespace

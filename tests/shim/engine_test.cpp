@@ -1,7 +1,7 @@
 // The CUDA engine against the CPU runner, on a CPU. `engine_test` runs every check below, `engine_test NAME...` those
 // named; each prints one line; the exit status is the number of failures.
 #include "checks.h"
-#include "world.h"
+#include "cycle_world.h"
 
 namespace torsion::test {
 namespace {
@@ -244,6 +244,25 @@ void real_threads() {
   same<Tam, 64>({.tensors = {{.n = kChunk + 3}, {.n = 5, .kind = kBF16Stochastic, .key = 3}}}, 2, false, 1);
 }
 
+// The same for the widest rule of a cycle, and for its restore.
+void cycle_with_real_threads() {
+  using Rule = DescentAscent<AdaTam, true>;
+  Setup s = scaled(mixed());
+  s.tensors.resize(7);
+  CycleWorld cpu(s), device(s);
+  const Route route{.source = kFirstSlot, .target = kFastSlot};
+  for (const bool spoiled : {false, true}) {
+    for (CycleWorld* w : {&cpu, &device}) {
+      w->new_numbers(spoiled);
+      if (spoiled) put(w->table.rows[2].at[kGradSlot], w->table.rows[2].kind, kGradSlot, 0, NAN);
+    }
+    cpu.on_cpu<Rule>(route, !spoiled);
+    device.on_device<Rule, 64>(2, route, !spoiled);
+    REQUIRE(device.status.skip == (spoiled ? kSkip : kGo));
+    REQUIRE(first_difference(cpu.memory, device.memory).empty(), first_difference(cpu.memory, device.memory));
+  }
+}
+
 template <int Threads>
 void kernel_of_ranges(const int64_t* ends, int64_t count, const double* items, double* out) {
   static cuda::Scratch<2, Threads> scratch;
@@ -318,6 +337,7 @@ const Checks kChecks = {
     {"rounding_of_sums", rounding_of_sums},
     {"grid_independence", grid_independence},
     {"real_threads", real_threads},
+    {"cycle_with_real_threads", cycle_with_real_threads},
     {"ranges", ranges},
     {"far_pieces", far_pieces},
 };

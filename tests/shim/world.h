@@ -102,13 +102,13 @@ inline Common common_numbers(int g) {
 }
 
 // Odd sizes, a piece exactly, several pieces, and misaligned tensors on both sides of a piece.
-inline std::vector<Spec> sizes(int32_t kind) {
+inline std::vector<Spec> sizes(int32_t kind, int64_t largest = 50001) {
   return {{0, kind},
           {1, kind},
           {7, kind},
           {333, kind},
           {16384, kind},
-          {50001, kind},
+          {largest, kind},
           {.n = 333, .kind = kind, .offset = 1},
           {.n = 16390, .kind = kind, .offset = 1}};
 }

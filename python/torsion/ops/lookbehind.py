@@ -256,6 +256,8 @@ def run_(phase: Phase, backend: str | None) -> None:
     """A pass on the back end asked for, TORSION_BACKEND's, or the best for the device."""
     chosen = _backends.choose(phase.status.device.type, backend)[0]
     streams = streams_of(phase)
+    if "target" in streams:
+        streams.pop("first", None)  # a descent has none; below, the target takes its place
     _dispatch.refuse_misfits(phase.rule, phase, streams)
     if chosen in ("triton", "reference"):
         _dispatch.run_phase_(phase, None, chosen)

@@ -1,8 +1,8 @@
 """`torsion bench`: time the kernels of this machine against what you would run instead.
 
 Every contestant first computes a few steps on the very tensors it is timed on and must agree with a float64
-reference; if one does not, nothing is reported and the exit code is 1. Ratios are medians over interleaved rounds. Of
-Lookbehind and SAM whole cycles are timed, their gradients made off the clock, and on a small network on it. At
+reference; if one does not, nothing is reported and the exit code is 1. Ratios are medians over interleaved rounds.
+Lookbehind and SAM take whole cycles: on the lists without the time of their gradients, on a small network with it. At
 one thread the clock is processor time, which other work disturbs little; at more it is wall time: keep it quiet then.
 """
 

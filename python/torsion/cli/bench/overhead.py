@@ -44,7 +44,7 @@ def memory_figures(tensors: TensorList, methods: Sequence[str], place: Place) ->
         elif Path("/proc/self/clear_refs").exists():
             stepped, bare = (_child(name, states, tensors, place, steps) for steps in (_STEPS, 0))
             used = {key: stepped[key] - bare[key] for key in bare}
-            note = "resident memory of a process that takes three steps, less that of one that only makes the state"
+            note = "resident memory of a process that takes three steps or cycles less that of one that makes the state"
         else:
             used, note = {"peak": None, "held": None}, "not measured: Linux alone can reset the peak of resident memory"
         yield Figure.at(place, f"{what}, peak", tensors.name, "bytes", limit, value=used["peak"], note=note)

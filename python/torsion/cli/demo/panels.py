@@ -147,19 +147,25 @@ def weight_noise_panel(axes: Axes, outcome: Outcome, block: Block, colours: Colo
     """The first metric of the finished models against the level of noise on their weights."""
     metric, ends = outcome.task.metrics[0], []
     levels = (0.0, *outcome.task.weight_noise)
+    heights = [height for run in outcome.runs for height in _under_noise(run)]
     for arm in block.arms:
-        curves = [
-            (levels, [run.final(metric.key), *(statistics.fmean(values) for values in run.weight_noise.values())])
-            for run in outcome.of(arm)
-            if run.weight_noise
-        ]
+        curves = [(levels, _under_noise(run)) for run in outcome.of(arm) if run.weight_noise]
         end = _draw(axes, list(curves), colours[arm.name])
         if end:
             ends.append((*end, f"{arm.name} {end[1]:.{metric.digits}f}", colours[arm.name]))
     _note(axes, f"{metric.unit}, mean over {DRAWS} draws of the noise, the same for all")
     axes.set_xlim(0, levels[-1])
     axes.set_xticks(levels, [f"{level:g}" for level in levels])
+    if heights:  # of all blocks, so that their panels have the same axis
+        _zoom(axes, heights, metric.higher_is_better, [min(heights), max(heights)])
     _label_ends(axes, ends)
+
+
+def _under_noise(run: Run) -> list[float]:
+    if not run.weight_noise:
+        return []
+    key = run.plan.task.metrics[0].key
+    return [run.final(key), *(statistics.fmean(values) for values in run.weight_noise.values())]
 
 
 def _zoom(axes: Axes, values: list[float], higher_is_better: bool, shown: Sequence[float]) -> None:

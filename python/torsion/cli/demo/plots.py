@@ -78,13 +78,9 @@ def _weight_noise(outcome: Outcome, colours: Colours) -> Figure:
     figure = _figure(13.5, 5.6)
     grid = figure.add_gridspec(1, 2, left=0.055, right=0.89, top=0.66, bottom=0.11, wspace=0.36)
     _title(figure, outcome)
-    shared = None
     for column, block in enumerate(outcome.comparison.blocks):
         title = f"{_heading(outcome.task.metrics[0])} under weight noise, equal {block.equal}"
         axes = new_panel(figure, grid[0, column], title, "noise on each tensor, relative to its root mean square")
-        if shared is not None:
-            axes.sharey(shared)
-        shared = axes
         panels.weight_noise_panel(axes, outcome, block, colours)
     return figure
 

@@ -1,0 +1,15 @@
+// Descents with SGD on a CPU.
+#include "lookbehind_pass.h"
+
+namespace torsion::cpu {
+
+template void run_pass<DescentAscent<Sgd<false>, false>>(const CyclePass&);
+template void run_pass<DescentAscent<Sgd<false>, true>>(const CyclePass&);
+template void run_pass<Descent<Sgd<false>>>(const CyclePass&);
+template void run_pass<DescentBlend<Sgd<false>>>(const CyclePass&);
+template void run_pass<DescentAscent<Sgd<true>, false>>(const CyclePass&);
+template void run_pass<DescentAscent<Sgd<true>, true>>(const CyclePass&);
+template void run_pass<Descent<Sgd<true>>>(const CyclePass&);
+template void run_pass<DescentBlend<Sgd<true>>>(const CyclePass&);
+
+}  // namespace torsion::cpu
