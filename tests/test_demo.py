@@ -18,7 +18,7 @@ pytest.importorskip("sklearn")
 from torsion.cli import main
 from torsion.cli.demo import comparison, digits, grid, progress, rates, text
 from torsion.cli.demo.arms import Choice, Strength
-from torsion.cli.demo.registry import arms_on, select
+from torsion.cli.demo.registry import METHODS, arms_on, select
 from torsion.cli.demo.tasks import UNDER_WEIGHT_NOISE, Metric, find_task, task_names
 from torsion.cli.demo.training import Plan, Run, rate_factor
 from torsion.cli.demo.weight_noise import DRAWS, under_weight_noise
@@ -391,8 +391,12 @@ def test_smoothing_has_no_lag_and_keeps_the_length():
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("task", task_names())
-def test_same_seed_same_numbers_on_a_gpu(tmp_path, task):
-    first, second = (_demo(tmp_path / name, "--task", task, "--device", "cuda")[1] for name in "ab")
+@pytest.mark.parametrize(
+    ("method", "task"), [(name, task) for name, entry in METHODS.items() for task in entry.comparisons]
+)
+def test_same_seed_same_numbers_on_a_gpu(tmp_path, monkeypatch, method, task):
+    _smaller(monkeypatch, seeds=1)
+    words = ("--method", method, "--task", task, "--device", "cuda")
+    first, second = (_demo(tmp_path / name, *words)[1] for name in "ab")
     assert first["environment"]["device"].startswith("cuda")
     assert _numbers(first) == _numbers(second)

@@ -141,6 +141,7 @@ struct Spoiled {
       Row& row = w->table.rows.back();
       if (spoils && with_nan) put(row.at[kGradSlot], row.kind, kGradSlot, row.n - 1, NAN);
       w->found_inf = spoils && !with_nan;
+      if (passes > bad) w->fill(kSlowSlot, kSlowSlot + 1, 0, true);  // a second restore would show
     }
     const CycleWorld was = device;
     cpu.on_cpu<Rule>(route, opens, split);

@@ -44,8 +44,11 @@ class Data(ABC):
         """The training loss of one batch."""
 
     @abstractmethod
-    def evaluate(self, model: nn.Module, seed: int) -> dict[str, float]:
-        """Every metric of the task for a model trained on `batches(seed)`; leaves the model in training mode."""
+    def evaluate(self, model: nn.Module, seed: int, brief: bool = False) -> dict[str, float]:
+        """Every metric of the task for a model trained on `batches(seed)`; leaves the model in training mode.
+
+        With `brief` the first one, and what costs nothing beside it.
+        """
 
 
 @dataclass(frozen=True)

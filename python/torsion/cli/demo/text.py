@@ -94,7 +94,7 @@ class _Text(Data):
         return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, seed: int) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, seed: int, brief: bool = False) -> dict[str, float]:
         model.eval()
         losses = [self.loss(model, (part[:, :-1], part[:, 1:])) for part in self._held_out]
         model.train()

@@ -132,7 +132,7 @@ def train(plan: Plan, data: Data, progress: Callable[[int, float, float], None],
     if run.finished and plan.task.weight_noise:
         metric = plan.task.metrics[0].key
         run.weight_noise = under_weight_noise(
-            model, plan.task.weight_noise, plan.seed, lambda: data.evaluate(model, plan.seed)[metric]
+            model, plan.task.weight_noise, plan.seed, lambda: data.evaluate(model, plan.seed, brief=True)[metric]
         )
         run.evaluations[-1][UNDER_WEIGHT_NOISE] = statistics.fmean(chain.from_iterable(run.weight_noise.values()))
     return run
