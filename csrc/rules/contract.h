@@ -14,7 +14,8 @@
 //   coefficients(shared, hyper, site)   pure; once per tensor and step
 //   update(e, c)          the new values
 //
-// What a rule need not say is in Defaults.
+// What a rule need not say is in Defaults. Summed may name a rule with the same Sums, Known and reduce(), whose kernels a
+// runner then takes.
 //
 // g++ and nvcc compile the same text, so what the tests run on a CPU is what a GPU computes.
 #pragma once
