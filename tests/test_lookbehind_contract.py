@@ -26,8 +26,11 @@ from cycles import (
 from helpers import same_bits
 from torch import nn
 from torch.optim import lr_scheduler
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import torsion
+from torsion.ops import _native
+from torsion.ops._cycle import RULES
 
 KEYWORDS = {
     "k": 2,
@@ -116,6 +119,33 @@ def test_the_path_taken(base):
     assert base.cls.__name__ in text
     assert "fused" in text
     assert str(base.fused) in text
+
+
+class _Calls(TorchDispatchMode):
+    """Passes of a cycle that reach the dispatcher, by name; ``sums`` are passes that only add up."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.torsion.lookbehind_planned_.default:
+            name = next(name for name, rule in RULES.items() if rule["number"] == args[1])
+            self.made.append(name + {0: "", 1: " sums", 2: " rest"}[args[11]])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(_native.plan is None, reason="the compiled modules are not built")
+@pytest.mark.parametrize("alpha", [0.5, "adaptive"])
+def test_the_general_path_ascends_and_interpolates_in_fused_passes(alpha):
+    optimizer = build(BASE["own-sgd"], k=2, alpha=alpha, asam=True)
+    grads = evaluations(optimizer, 3)
+    with _Calls() as calls:
+        phases(optimizer, grads, 2)
+    assert calls.made == [
+        "opening_ascent/asam", "ascent/asam sums", "ascent/asam rest", "ascent sums",
+        "blend" if alpha == 0.5 else "blend/adaptive",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

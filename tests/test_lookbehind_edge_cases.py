@@ -145,6 +145,18 @@ def test_a_zero_gradient_moves_nothing_uphill(base, dtype, asam, fast_target):
     assert int(optimizer.skipped_steps()) == 0
 
 
+@pytest.mark.parametrize("length", [1e-17, 1e-16, 1e-15])
+@each_base("sgd", "own-plain-sgd")
+def test_a_gradient_as_short_as_the_offset_of_its_norm(base, length, fast_target):
+    """|a| + 1e-16, the offset of the published code: a gradient of that length climbs half the radius."""
+    params = [nn.Parameter(torch.zeros(4, dtype=torch.float64, device=fast_target.device))]
+    optimizer = ahead(fast_target, base, params, k=1, rho=0.2)
+    give(optimizer, [torch.full((4,), length / 2, dtype=torch.float64)])
+    optimizer.ascent_step()
+    expected = torch.tensor(0.2 * length / (length + 1e-16), dtype=torch.float64)
+    close(params[0].norm(), expected, tolerances.STATE[torch.float64])
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.2, 0.5, 0.8, 1.0, "adaptive"])
 @each_dtype()
 @each_base("sgd-momentum", "adam", "tam", "own-sgd")

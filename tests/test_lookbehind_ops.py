@@ -419,3 +419,23 @@ def test_a_base_without_a_rule_is_named():
     optimizer.base = "rmsprop"
     with pytest.raises(ValueError, match="base='rmsprop' has no fused descent; use one of sgd, sgd_momentum, adam"):
         optimizer.outer_step()
+
+
+@pytest.mark.parametrize("side", [1.0, -1.0], ids=["along", "against"])
+def test_alpha_stays_between_nothing_and_all(side, fast_target):
+    """Rounded sums put the cosine of many parallel displacements past 1; alpha is not."""
+    torch.manual_seed(0)
+    device = fast_target.device
+    slows = [torch.zeros(3, dtype=F64, device=device) for _ in range(100)]
+    firsts = [torch.randn(3, dtype=F64).to(device) for _ in slows]
+    fasts = [3 * side * f for f in firsts]
+    unclamped = torch.stack([f @ g / (f @ f).sqrt() / (g @ g).sqrt() for f, g in zip(firsts, fasts, strict=True)])
+    assert (unclamped.abs() > 1).any(), "these displacements would show nothing"
+    alphas = torch.full((100, 1), -1.0, dtype=F64, device=device)
+    status = torch.zeros(4, dtype=torch.int64, device=device)
+    params = [s.clone() for s in slows]
+    torsion.ops.blend_(
+        params, fasts, slows, firsts, alphas, status, scopes=list(range(100)), backend=fast_target.backend
+    )
+    assert ((alphas >= 0) & (alphas <= 1)).all()
+    close(2 * alphas - 1, torch.full_like(alphas, side), tolerances.STATE[F64])

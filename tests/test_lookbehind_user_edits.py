@@ -61,6 +61,40 @@ def test_the_base_may_step_by_itself_between_outer_steps(fused, general, fast_ta
         assert_close(*pair)
 
 
+class Staying(torch.optim.SGD):
+    """No more than the equation."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.copy_(p - group["lr"] * p.grad)
+
+
+class Rehoming(torch.optim.SGD):
+    """Leaves its result in new memory and takes the gradients away, as some optimizers of users do."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data = p.data - group["lr"] * p.grad
+                p.grad = None
+
+
+@pytest.mark.parametrize("settings", [{}, {"alpha": "adaptive"}, {"k": 3, "alpha": "adaptive"}, {"k": 1}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_base_that_moves_parameters_to_new_memory(dtype, settings, fast_target):
+    """The interpolation writes where the parameter is, not where it was."""
+    bases = (Base("moves", Rehoming, {"lr": 0.05}), Base("stays", Staying, {"lr": 0.05}))
+    moved, stayed = (build(fast_target, base, dtype, **settings) for base in bases)
+    for _ in range(2):
+        grads = evaluations(stayed, settings.get("k", 2) + 1)
+        for optimizer in (moved, stayed):
+            phases(optimizer, grads, settings.get("k", 2))
+        assert same_bits(values_of(moved), values_of(stayed))
+
+
 @each_kind
 def test_parameters_in_new_memory_between_outer_steps(base, fast_target):
     """As ``model.to()`` and loading with ``assign=True`` leave them."""

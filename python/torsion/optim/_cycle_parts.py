@@ -79,7 +79,10 @@ class Pass:
 
 @dataclass
 class CyclePart:
-    """The members of an outer step on one device. ``complete``: with the base's state, which ascents do without."""
+    """The members of an outer step on one device.
+
+    ``complete``: with the base's state, which ascents do without. ``blends``: some pass interpolates by itself.
+    """
 
     rule: Rule
     backend: str
@@ -90,6 +93,7 @@ class CyclePart:
     n_groups: int
     settings: Settings
     complete: bool
+    blends: bool
     tables: dict[bool, Any] = field(default_factory=dict)
     """Launch tables; that of the blend (True) has the scopes of alpha instead of the base's."""
 
@@ -105,7 +109,7 @@ class CyclePart:
         if self.backend not in ("cpu", "cuda"):
             return
         self.tables[False] = self._table([m.scope for m in self.members], self.flat.shared.shape[0])
-        if self.settings.alpha == "adaptive":
+        if self.blends:
             self.tables[True] = self._table(self._alpha_scopes(), scopes)
         if self.backend == "cuda":
             for blend, table in self.tables.items():

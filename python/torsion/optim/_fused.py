@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torsion.ops import _backends, _native
-from torsion.ops._cycle import stream_names
-from torsion.optim import _bases, _layout, _sharding
-from torsion.optim._cycle import Cycle, Settings, asam_scaled
-from torsion.optim._cycle_parts import Buffers, CyclePart, Pass
-from torsion.optim._parts import Member
+from torsion.ops import _backends
+from torsion.optim import _bases
+from torsion.optim._cycle import Settings
+from torsion.optim._passes import PassCycle
 from torsion.optim._torque import TorqueOptimizer
 
-_NAN = float("nan")
 
-
-class FusedCycle(Cycle):
-    """The passes of ``csrc/rules/lookbehind.h``. Nothing waits for the device; nothing is allocated after one cycle."""
+class FusedCycle(PassCycle):
+    """The base descends within the passes. Nothing waits for the device; nothing is allocated after one cycle."""
 
     fused = True
 
@@ -33,9 +27,6 @@ class FusedCycle(Cycle):
         """
         super().__init__(base, settings)
         self._base: Any = _bases.base_of(base)
-        self._forget()
-        self._buffers: dict[Tensor, Buffers] = {}
-        self._taking_part: list[int] = []
         # A base of ours counts the steps that it skips itself in the same place.
         self._skipped_alone = base.skipped_steps() if isinstance(base, TorqueOptimizer) else None
         chosen = {_backends.choose(p.device.type, settings.backend) for *_, p in self._base._all()}
@@ -46,222 +37,41 @@ class FusedCycle(Cycle):
         """What keeps ``base`` from this path, or an empty string."""
         return _bases.obstacle(base)
 
-    def _forget(self) -> None:
-        self._watch: Any = None
-        self._parts: list[CyclePart] = []
-        self._complete = False
-        self._structure: object = None
-        self._numbers: tuple[Tensor, Tensor, Tensor] | None = None
+    @property
+    def _adaptive(self) -> bool:
+        return self.settings.alpha == "adaptive" and self.settings.k > 1
 
-    # Phases
+    @property
+    def _blends(self) -> bool:
+        return self._adaptive
 
     def ascend(self, *, opens: bool, found_inf: Tensor | None) -> None:
         """See :class:`Cycle`."""
         parts = self._ready(opens=opens, with_states=False)
         rule = ("opening_ascent" if opens else "ascent") + self._suffix()
-        self._run(parts, rule, {}, found_inf, opens=opens)
+        self._run(parts, self._call(rule, {}, found_inf, opens))
 
     def descend(self, i: int, *, ascends: bool, last: bool, found_inf: Tensor | None) -> None:
         """See :class:`Cycle`."""
         parts = self._ready(opens=False, with_states=True)
         if isinstance(self._base, TorqueOptimizer):
             self._base._stepped = True
-        settings = self.settings
-        adaptive = settings.alpha == "adaptive" and settings.k > 1
-        first = "first" if settings.keeps_first else "fast"  # where the first descent leaves its result
+        first = "first" if self.settings.keeps_first else "fast"  # where the first descent leaves its result
         source = "slow" if i == 1 else first if i == 2 else "fast"
         base = self._base._rule.name
-        if last and not adaptive:
-            self._run(parts, f"descent_blend/{base}", {"source": source}, found_inf)
+        if last and not self._adaptive:
+            self._run(parts, self._call(f"descent_blend/{base}", {"source": source}, found_inf))
         elif last:
             # The perturbed weights have had their last gradient: their place takes the last fast ones.
-            self._run(parts, f"descent/{base}", {"source": source, "target": "perturbed"}, found_inf)
-            self._run(parts, "blend/adaptive", {"source": "perturbed", "first": first}, None)
+            route = {"source": source, "target": "perturbed"}
+            self._run(parts, self._call(f"descent/{base}", route, found_inf))
+            self._run(parts, self._call("blend/adaptive", {"source": "perturbed", "first": first}, None))
         else:
             rule = f"descent_ascent/{base}{self._suffix()}" if ascends else f"descent/{base}"
-            self._run(parts, rule, {"source": source, "target": first if i == 1 else "fast"}, found_inf)
-
-    def _suffix(self) -> str:
-        return "/asam" if self.settings.asam else ""
-
-    def _run(
-        self, parts: list[CyclePart], rule: str, route: dict[str, str], found_inf: Tensor | None, opens: bool = False
-    ) -> None:
-        of_base, of_none = self._hyper()
-        call = Pass(
-            rule=rule,
-            streams=tuple(route.get(name, name) for name in stream_names(rule, self._base._rule)),
-            hyper=of_base if "descent" in rule else of_none,
-            lrs=[g["lr"] for g in self.base.param_groups if isinstance(g["lr"], Tensor)] if "descent" in rule else [],
-            found_inf=None if found_inf is None else found_inf.reshape(()),
-            max_grad_norm=self.base.param_groups[0].get("max_grad_norm"),
-            opens=opens,
-        )
-        mesh = self._base._mesh
-        if len(parts) == 1 and mesh is None:
-            parts[0].whole(call)
-            return
-        if not parts:
-            return
-        total = parts[0].reduce(call)
-        for part in parts[1:]:
-            total = total + part.reduce(call).to(total.device, non_blocking=True)
-        if mesh is not None:
-            if call.found_inf is not None:  # on one rank it must stop all
-                total = torch.where(call.found_inf.to(total.device) != 0, _NAN, total)
-            mesh.all_reduce_(total)
-        for part in parts:
-            part.apply_(call, total.to(part.flat.shared.device, non_blocking=True))
-
-    def _hyper(self) -> tuple[Tensor, Tensor]:
-        """The groups' numbers with the cycle's behind them, for passes with and without the base."""
-        numbers = self._base._numbers()
-        if self._numbers is None or self._numbers[0] is not numbers:
-            s = self.settings
-            alpha = 1.0 if s.alpha == "adaptive" else float(s.alpha)  # used where k = 1: there f_1 is f_k, the cosine 1
-            own = torch.tensor([s.rho, s.eta, alpha], dtype=torch.float64).expand(len(numbers), 3)
-            common = numbers[:, :6].clone()
-            common[:, 0] = 0.0  # a NaN would ask for a rate in a tensor
-            self._numbers = numbers, torch.cat([numbers, own], 1), torch.cat([common, own], 1)
-        return self._numbers[1:]
-
-    # Planning
-
-    def _ready(self, *, opens: bool, with_states: bool) -> list[CyclePart]:
-        """The parts of this phase; planned anew when something about the parameters has changed."""
-        base = self._base
-        base._numbers()  # checks what the user may have edited, draws seeds
-        holds = (
-            self._watch is not None
-            and self._structure is base._structure
-            and (self._complete or not with_states)
-            and self._watch.holds(self.base.param_groups, self.base.state)
-        )
-        if holds:
-            return self._parts
-        self._watch, self._parts = None, []
-        active = base._active()
-        if opens:
-            self._taking_part = [slot for slot, *_ in active]
-        else:
-            self._check_the_same_take_part(active)
-        parts = self._plan(active, opens, with_states)
-        if self._watch is not None:
-            self._parts = parts
-        return parts
-
-    def _check_the_same_take_part(self, active: list[tuple[int, int, int, Tensor]]) -> None:
-        now, then = {slot for slot, *_ in active}, set(self._taking_part)
-        for slot, g, i, _ in self._base._all():
-            if (slot in now) != (slot in then):
-                was, has = ("a", "none now") if slot in then else ("no", "one now")
-                raise RuntimeError(
-                    f"{self._base._describe(g, i)}: had {was} gradient when the outer step began and has {has}; every "
-                    "backward of an outer step must reach the same parameters"
-                )
-
-    def _plan(self, active: list[tuple[int, int, int, Tensor]], opens: bool, with_states: bool) -> list[CyclePart]:
-        base = self._base
-        if not active:
-            return []
-        sharded = any(_sharding.is_dtensor(p) for *_, p in active)
-        base._mesh = _sharding.Mesh([p for *_, p in active]) if sharded else None
-        base._ensure_flats()
-        has_state = all(self.base.state.get(p) for *_, p in active)
-        complete = with_states or (has_state and bool(base._rule.states))
-        if with_states:
-            base._make_states(active)
-        members: dict[torch.device, list[Member]] = defaultdict(list)
-        scaled: dict[torch.device, list[bool]] = defaultdict(list)
-        for slot, g, i, p in active:
-            member = base._member(slot, g, i, p, complete)
-            self._provide_buffers(base._describe(g, i), p, member, opens)
-            members[p.device].append(member)
-            scaled[p.device].append(asam_scaled(self.base.param_groups[g], i, p))
-        owners = {slot: p for slot, _, _, p in active}
-        parts = [
-            CyclePart(
-                rule=base._rule,
-                backend=_backends.choose(device.type, self.settings.backend)[0],
-                flat=base._flats[device],
-                members=found,
-                buffers=[self._buffers[owners[m.slot]] for m in found],
-                scaled=scaled[device],
-                n_groups=len(self.base.param_groups),
-                settings=self.settings,
-                complete=complete,
-            )
-            for device, found in members.items()
-        ]
-        self._complete, self._structure = complete, base._structure
-        self._watch = self._watch_parts(parts, active)
-        return parts
-
-    def _provide_buffers(self, name: str, p: Tensor, member: Member, opens: bool) -> None:
-        held = self._buffers.get(p)
-        if held is not None and held.fits(member.param):
-            return
-        if not opens:
-            raise RuntimeError(f"{name}: its shape, dtype or memory layout changed inside an outer step")
-        self._buffers[p] = Buffers.like(member.param, self.settings)
-
-    def _watch_parts(self, parts: list[CyclePart], active: list[tuple[int, int, int, Tensor]]) -> Any:
-        """A watch that tells whether the parts still hold, or None where they must be planned for every phase."""
-        grads = {m.slot: m.grad for part in parts for m in part.members}
-        planned = all(part.table is not None and not part.copies for part in parts)
-        own = all(_sharding.local(p.grad).data_ptr() == grads[slot].data_ptr() for slot, *_, p in active)  # type: ignore[arg-type]
-        if not (planned and own):
-            return None
-        tables = {part.flat.shared.device: part.table for part in parts}
-        watch = _native.plan.Watch()
-        keys = self._base._rule.states if self._complete else ()
-        for slot, _, _, p in self._base._all():
-            state = self.base.state.get(p)
-            states = [state[key] for key in keys if state and key in state]
-            streams = [p, p.grad, *states] if slot in grads else []
-            watch.add(p, state, streams, tables.get(p.device), slot, _sharding.is_dtensor(p))
-        watch.seal(self.base.state)
-        for part in parts:
-            part.forget_gradients()
-        return watch
-
-    # Outside the phases
-
-    def _open_buffers(self) -> list[tuple[Tensor, Buffers]]:
-        slots = set(self._taking_part)
-        return [(_sharding.local(p).detach(), self._buffers[p]) for slot, *_, p in self._base._all() if slot in slots]
-
-    @torch.no_grad()
-    def abandon(self) -> None:
-        """See :class:`Cycle`."""
-        for p, buffers in self._open_buffers():
-            # One that no longer fits is what the error being handled is about.
-            if p.shape == buffers.slow.shape and not _layout.may_overlap(p):
-                p.copy_(buffers.slow)
-
-    @torch.no_grad()
-    def show_slow(self) -> None:
-        """See :class:`Cycle`."""
-        for p, buffers in self._open_buffers():
-            held = p.clone()
-            p.copy_(buffers.slow)
-            if buffers.perturbed is None:
-                buffers.slow.copy_(held)
-
-    @torch.no_grad()
-    def hide_slow(self) -> None:
-        """See :class:`Cycle`."""
-        for p, buffers in self._open_buffers():
-            held = p.clone()
-            p.copy_(buffers.slow if buffers.perturbed is None else buffers.perturbed)
-            if buffers.perturbed is None:
-                buffers.slow.copy_(held)
+            route = {"source": source, "target": first if i == 1 else "fast"}
+            self._run(parts, self._call(rule, route, found_inf))
 
     def skipped(self) -> Tensor:
         """See :class:`Cycle`."""
-        flat = next(iter(self._base._flats.values()), None)
-        if flat is None:
-            device = next((p.device for *_, p in self._base._all()), None)
-            return torch.zeros((), dtype=torch.int64, device=device)
-        count: Tensor = flat.status[0].clone()
-        return count if self._skipped_alone is None else count - self._skipped_alone
+        count = super().skipped()
+        return count if self._skipped_alone is None or not self._base._flats else count - self._skipped_alone

@@ -119,7 +119,7 @@ class Planning:
     def _member(self, slot: int, g: int, i: int, p: Tensor, with_states: bool = True) -> Member:
         """One parameter as the kernels will see it; copies where its layout asks for them."""
         name, group, state = self._describe(g, i), self.param_groups[g], self.state[p] if with_states else {}
-        param, grad = _sharding.local(p), _sharding.local(_sharding.matching(p, p.grad))
+        param, grad = _sharding.local(p), _sharding.local(_sharding.matching(p, self._gradient(p)))
         write_back = None
         if not _layout.is_dense(param):
             write_back, param = param, param.detach().clone(memory_format=torch.contiguous_format)
@@ -158,5 +158,13 @@ class Planning:
             lambda k: self._describe(*filled[k][1:3]),
             "shares memory; make both one Parameter",
         )
-        _checks.one_device_type([p for *_, p in active])
+        self._check_devices(active)
         return active
+
+    def _check_devices(self, active: list[tuple[int, int, int, Tensor]]) -> None:
+        _checks.one_device_type([p for *_, p in active])
+
+    def _gradient(self, p: Tensor) -> Tensor:
+        """What a pass takes as the gradient of ``p``."""
+        assert p.grad is not None
+        return p.grad
