@@ -22,6 +22,16 @@ STABLE_TORCH_LIBRARY(torsion, m) {
       "adatam_planned_(int table, Tensor(c!) shared, Tensor(d!) steps, Tensor(e!) status, Tensor hyper, Tensor[] lrs, "
       "Tensor? grad_scale, Tensor? found_inf, float? max_grad_norm, int phase, Tensor(g!)? sums, "
       "Tensor(h!)? workspace) -> ()");
+  // The same with DemP: lasso on scaled rows, noise on rows with a map. `perturbation` is float64 [3] on the device:
+  // lambda, sigma, and the step that the noise belongs to.
+  m.def(
+      "tam_demp_planned_(int table, Tensor(c!) shared, Tensor(d!) steps, Tensor(e!) status, Tensor hyper, "
+      "Tensor[] lrs, Tensor? grad_scale, Tensor? found_inf, float? max_grad_norm, int phase, Tensor(g!)? sums, "
+      "Tensor(h!)? workspace, Tensor perturbation, int noise_seed) -> ()");
+  m.def(
+      "adatam_demp_planned_(int table, Tensor(c!) shared, Tensor(d!) steps, Tensor(e!) status, Tensor hyper, "
+      "Tensor[] lrs, Tensor? grad_scale, Tensor? found_inf, float? max_grad_norm, int phase, Tensor(g!)? sums, "
+      "Tensor(h!)? workspace, Tensor perturbation, int noise_seed) -> ()");
   // One pass of a Lookbehind cycle, by its number in rules/cycle.h. `streams` says which address of a row each stream
   // of the rule takes; `opens` begins an outer step, which later passes do not touch again once it is skipped.
   m.def(

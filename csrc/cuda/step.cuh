@@ -36,6 +36,7 @@ void check_devices(const StepTensors& in, const MaybeTensor& sums, int32_t devic
   check_device(in.status, device, Rule::kName, "status");
   if (in.grad_scale) check_device(*in.grad_scale, device, Rule::kName, "grad_scale");
   if (in.found_inf) check_device(*in.found_inf, device, Rule::kName, "found_inf");
+  if (in.perturbation) check_device(*in.perturbation, device, Rule::kName, "perturbation");
   if (sums) check_device(*sums, device, Rule::kName, "sums");
 }
 

@@ -26,6 +26,8 @@ struct StepTensors {
   const std::optional<Tensor>&grad_scale, &found_inf;
   std::optional<double> max_grad_norm;
   bool opens = true;
+  const Tensor* perturbation = nullptr;  // of DemP: float64 [3] on the device, lambda, sigma and the noise's step
+  int64_t noise_seed = 0;
 };
 
 inline int32_t kind_of(const Tensor& param, bool stochastic, const char* op, size_t i) {
@@ -96,6 +98,12 @@ void fill_frame(Frame<Rule>& f, const Table& table, const StepTensors& in, const
   f.grad_scale = optional_float(in.grad_scale, op, "grad_scale");
   f.found_inf = optional_float(in.found_inf, op, "found_inf");
   f.opens = in.opens;
+  if constexpr (Rule::kDemp) {
+    STD_TORCH_CHECK(in.perturbation, op, ": a step with DemP needs its numbers");
+    check_vector(*in.perturbation, ScalarType::Double, 3, op, "perturbation");
+    f.perturbation = static_cast<const double*>(in.perturbation->const_data_ptr());
+    f.noise_seed = uint64_t(in.noise_seed);
+  }
   f.max_norm = in.max_grad_norm.value_or(std::numeric_limits<double>::infinity());
 }
 

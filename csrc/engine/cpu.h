@@ -7,13 +7,12 @@
 #include <omp.h>
 
 #include <array>
-#include <cstdlib>
 #include <cstring>
 
+#include "engine/cpu_noise.h"
 #include "engine/frame.h"
+#include "engine/isa.h"
 #include "rules/philox.h"
-
-#define TORSION_INLINE inline __attribute__((always_inline))
 
 namespace torsion::cpu {
 
@@ -235,21 +234,30 @@ struct Body {
 
   using Known = typename Rule::template Known<M>;
 
+  template <Pass P>
   static TORSION_INLINE void add_lanes(void* const* at, int64_t i, M pre, const Known& known, double (*a)[kLanes]) {
 #pragma GCC ivdep
     for (int l = 0; l < kLanes; ++l) {
       E e{};
-      load<kReduce>(e, at, i + l, pre);
+      load<P>(e, at, i + l, pre);
       Rule::reduce(e, known, Lane{a, l});
     }
   }
 
-  static TORSION_INLINE void reduce(const Work& work, const typename Rule::Hyper& hyper, double* out) {
+  static TORSION_INLINE void reduce(const Work& work, const Frame<Rule>& f, double* out) {
+    const Known known = f.template known<M>(work.row);
+    if (Rule::kDemp && work.row.scaled)
+      sum<kReduceScaled>(work, known, out);
+    else
+      sum<kReduce>(work, known, out);
+  }
+
+  template <Pass P>
+  static TORSION_INLINE void sum(const Work& work, const Known& known, double* out) {
     const Streams own(work.row, work.slots), next(work.next, work.slots);
     void* const* const at = own.at;
     const int64_t begin = work.begin, end = work.end;
     const M pre = M(work.pre);
-    const Known known = Rule::template known<M>(hyper, work.row.scaled != 0);
     double a[N][kLanes] = {};
     int64_t i = begin;
     if (end - begin == kChunk) {
@@ -257,17 +265,17 @@ struct Body {
       // (fp32 from memory: reduce 0.53 against 0.69 ns per element, update 0.75 against 0.92).
       for (; i < begin + kChunk / kPlaces; i += kLanes)
         for (int64_t place = 0; place < kChunk; place += kChunk / kPlaces) {
-          prefetch<kReduce>(at, i + place + kAhead, kLanes);
-          add_lanes(at, i + place, pre, known, a);
+          prefetch<P>(at, i + place + kAhead, kLanes);
+          add_lanes<P>(at, i + place, pre, known, a);
         }
     } else {
       for (; i + kLanes <= end; i += kLanes) {
-        prefetch<kReduce>(next.at, work.next_begin + i - begin, kLanes);
-        add_lanes(at, i, pre, known, a);
+        prefetch<P>(next.at, work.next_begin + i - begin, kLanes);
+        add_lanes<P>(at, i, pre, known, a);
       }
       for (int l = 0; i < end; ++i, ++l) {
         E e{};
-        load<kReduce>(e, at, i, pre);
+        load<P>(e, at, i, pre);
         Rule::reduce(e, known, Lane{a, l});
       }
     }
@@ -279,8 +287,8 @@ struct Body {
   }
 
   // Loads, computes and stores every element of a piece.
-  template <Pass P, class Compute>
-  static TORSION_INLINE void sweep(const Work& work, typename Round::Block& round, Compute compute) {
+  template <Pass P, class Noise, class Compute>
+  static TORSION_INLINE void sweep(const Work& work, typename Round::Block& round, Noise& noise, Compute compute) {
     const Streams own(work.row, work.slots), next(work.next, work.slots);
     void* const* const at = own.at;
     const int64_t begin = work.begin, end = work.end;
@@ -288,10 +296,12 @@ struct Body {
     Stage<P> stage(work, at);
     auto span = [&]<bool Staged>(int64_t x, int64_t y) __attribute__((always_inline)) {
       round.fill(x);
+      noise.fill(x, y);
 #pragma GCC ivdep
       for (int64_t i = x; i < y; ++i) {
         E e{};
         load<P>(e, at, i, pre);
+        noise.give(e, i - x);
         compute(e);
         store<P, Staged>(e, at, i, round, i - x, stage.bytes);
       }
@@ -320,18 +330,19 @@ struct Body {
     }
   }
 
-  static TORSION_INLINE void update(const Work& work, const double* coefficients, uint64_t seed, uint32_t step) {
-    typename Rule::template Coefficients<double> wide;
-    memcpy(&wide, coefficients, sizeof wide);
-    const C c = cast_numbers<C, decltype(wide), M>(wide);
-    auto round = Round::block(work.row, seed, step);
-    sweep<kUpdate>(work, round, [&](E& e) __attribute__((always_inline)) { Rule::update(e, c); });
+  static TORSION_INLINE void update(const Work& work, const Frame<Rule>& f, int32_t t) {
+    const typename Rule::template Coefficients<double> wide = f.coefficients[t];
+    const C c = cast_numbers<C, typename Rule::template Coefficients<double>, M>(wide);
+    auto round = Round::block(work.row, uint64_t(f.hyper[work.row.group].seed), uint32_t(f.steps[work.row.tensor]));
+    std::conditional_t<Rule::kDemp, SpanNoise<M, Round::kSpan>, NoNoise> noise(work.row, f);
+    sweep<kUpdate>(work, round, noise, [&](E& e) __attribute__((always_inline)) { Rule::update(e, c); });
   }
 
   static TORSION_INLINE void restore(const Work& work) {
     if constexpr (Rule::kRestores) {
       Nearest::Block round;
-      Body<Rule, T, Nearest>::template sweep<kRestore>(work, round,
+      NoNoise noise;
+      Body<Rule, T, Nearest>::template sweep<kRestore>(work, round, noise,
                                                        [](E& e) __attribute__((always_inline)) { Rule::restore(e); });
     }
   }
@@ -339,38 +350,20 @@ struct Body {
 
 template <class Rule>
 struct PieceFunctions {
-  void (*reduce)(const Work&, const typename Rule::Hyper&, double*);
-  void (*update)(const Work&, const double*, uint64_t, uint32_t);
+  void (*reduce)(const Work&, const Frame<Rule>&, double*);
+  void (*update)(const Work&, const Frame<Rule>&, int32_t);
   void (*restore)(const Work&);
 };
-
-// x86-64-v4, v3 and the baseline; TORSION_ISA=0|1|2 forces a lower one, so that tests can compare their bits.
-// TORSION_ONE_LEVEL leaves all but the baseline out, for programs that are compiled often.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && !defined(TORSION_ONE_LEVEL)
-#define TORSION_X86_LEVELS 1
-inline int isa_level() {
-  static const int level = [] {
-    const int have = __builtin_cpu_supports("x86-64-v4") ? 2 : __builtin_cpu_supports("x86-64-v3") ? 1 : 0;
-    const char* forced = std::getenv("TORSION_ISA");
-    return forced ? std::min(have, std::atoi(forced)) : have;
-  }();
-  return level;
-}
-#else
-inline int isa_level() { return 0; }
-#endif
 
 template <class Rule, class T, class Round>
 struct Levels {
   using B = Body<Rule, T, Round>;
-#define TORSION_LEVEL(name, attribute)                                                                            \
-  attribute __attribute__((noinline)) static void reduce_##name(const Work& work, const typename Rule::Hyper& h,  \
-                                                                double* out) {                                    \
-    B::reduce(work, h, out);                                                                                      \
-  }                                                                                                               \
-  attribute __attribute__((noinline)) static void update_##name(const Work& work, const double* c, uint64_t seed, \
-                                                                uint32_t step) {                                  \
-    B::update(work, c, seed, step);                                                                               \
+#define TORSION_LEVEL(name, attribute)                                                                                 \
+  attribute __attribute__((noinline)) static void reduce_##name(const Work& work, const Frame<Rule>& f, double* out) { \
+    B::reduce(work, f, out);                                                                                           \
+  }                                                                                                                    \
+  attribute __attribute__((noinline)) static void update_##name(const Work& work, const Frame<Rule>& f, int32_t t) {   \
+    B::update(work, f, t);                                                                                             \
   }
   TORSION_LEVEL(base, )
 #ifdef TORSION_X86_LEVELS
@@ -416,6 +409,7 @@ struct Runner {
     double* at = t.workspace.data();
     f.rows = t.rows.data();
     f.pieces = t.pieces.data();
+    f.noise = t.noise.data();
     f.scope_first = t.scope_first.data();
     f.n_rows = int32_t(t.rows.size());
     f.n_scopes = t.n_scopes;
@@ -470,7 +464,7 @@ struct Runner {
       if (phase != Phase::update) {
         for (int64_t k = a; k < z; ++k) {
           const Work work = work_of(k);
-          piece_functions<Rule>(work.row.kind).reduce(work, f.hyper[work.row.group], f.partial + k * N);
+          piece_functions<Rule>(work.row.kind).reduce(work, f, f.partial + k * N);
         }
         if (size > 1) {
 #pragma omp barrier
@@ -485,13 +479,10 @@ struct Runner {
       if (f.status->skip == kSkippedBefore || (f.status->skip != kGo && !Rule::kRestores)) return;
       for (int64_t k = a; k < z; ++k) {
         const Work work = work_of(k);
-        const Row& row = work.row;
         if (f.status->skip)
-          piece_functions<Rule>(row.kind).restore(work);
+          piece_functions<Rule>(work.row.kind).restore(work);
         else
-          piece_functions<Rule>(row.kind).update(work,
-                                                 reinterpret_cast<const double*>(f.coefficients + f.pieces[k].row),
-                                                 uint64_t(f.hyper[row.group].seed), uint32_t(f.steps[row.tensor]));
+          piece_functions<Rule>(work.row.kind).update(work, f, f.pieces[k].row);
       }
     };
     // No more threads than pieces: waking one for nothing costs more than a small step.

@@ -257,9 +257,13 @@ __global__ void __launch_bounds__(Threads, kResidentReduce<Rule>)
     const Piece piece = f.pieces[launch.first + p];
     const Row& row = f.rows[piece.row];
     const typename B::Span span(row, f.slots, piece.chunk, row.aligned);
-    const auto known = Rule::template known<typename B::M>(f.hyper[row.group], row.scaled != 0);
+    const auto known = f.template known<typename B::M>(row);
+    const auto pre = typename B::M(f.pre(row, inverse_scale));
     double sums[N] = {};
-    B::template reduce<Threads>(span, typename B::M(f.pre(row, inverse_scale)), known, sums);
+    if (Rule::kDemp && row.scaled)
+      B::template reduce<kReduceScaled, Threads>(span, pre, known, sums);
+    else
+      B::template reduce<kReduce, Threads>(span, pre, known, sums);
     sum_block<Threads>(sums, scratch, [&](int k, double sum) { f.partial[(launch.first + p) * N + k] = sum; });
   }
   if (launch.finish == Finish::nothing) return;
@@ -304,7 +308,8 @@ __global__ void __launch_bounds__(Threads, kResident<Rule, T, Round>)
     if constexpr (Rule::kRestores) {
       if (skip != kGo) {
         const typename B::Span span(row, f.slots, piece.chunk, row.aligned);
-        B::template sweep<kRestore, Threads>(span, 0, M(1), Nearest(0, 0, 0), [](auto& e) { Rule::restore(e); });
+        B::template sweep<kRestore, Threads>(span, 0, M(1), Nearest(0, 0, 0), NoNoise(row, f),
+                                             [](auto& e) { Rule::restore(e); });
         continue;
       }
     }
@@ -312,8 +317,9 @@ __global__ void __launch_bounds__(Threads, kResident<Rule, T, Round>)
     const typename Frame<Rule>::Coefficients wide = f.coefficients[piece.row];
     const auto c = cast_numbers<typename B::C, typename Frame<Rule>::Coefficients, M>(wide);
     const Round round(uint64_t(f.hyper[row.group].seed), uint32_t(f.steps[row.tensor]), uint32_t(row.tensor));
-    const typename B::Span span(row, f.slots, piece.chunk, Round::takes_vectors(row));
-    B::template sweep<kUpdate, Threads>(span, row.key, M(f.pre(row, inverse_scale)), round,
+    const std::conditional_t<Rule::kDemp, DempNoise<M>, NoNoise> noise(row, f);
+    const typename B::Span span(row, f.slots, piece.chunk, Round::takes_vectors(row) && noise.takes_vectors());
+    B::template sweep<kUpdate, Threads>(span, row.key, M(f.pre(row, inverse_scale)), round, noise,
                                         [&](auto& e) { Rule::update(e, c); });
   }
 }

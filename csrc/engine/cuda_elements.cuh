@@ -6,7 +6,7 @@
 
 #include "engine/plan.h"
 #include "engine/types.h"
-#include "rules/philox.h"
+#include "rules/philox_normal.h"
 
 namespace torsion::cuda {
 
@@ -44,6 +44,62 @@ struct Stochastic {
       return Narrow<Q>::stochastic(x, rounding_bits(bits, v));
     else
       return Narrow<Q>::nearest(x);
+  }
+};
+
+// DemP's noise of a thread's elements; row by row where units are dead or were cut, else a block of four at a time.
+struct NoNoise {
+  template <class F>
+  __device__ __forceinline__ NoNoise(const Row&, const F&) {}
+  static __device__ __forceinline__ bool takes_vectors() { return true; }
+  template <class E, int V>
+  __device__ __forceinline__ void draw(E (&)[V], int64_t) const {}
+  template <class E>
+  __device__ __forceinline__ void draw_one(E&, int64_t) const {}
+};
+
+template <class R>
+struct DempNoise {
+  NoiseMap map;
+  uint64_t seed;
+  uint32_t step;
+  bool none;
+  template <class F>
+  __device__ __forceinline__ DempNoise(const Row& row, const F& f)
+      : map{}, seed(f.noise_seed), step(uint32_t(f.perturbation[2])), none(row.noise == 0) {
+    if (!none) map = f.noise[row.noise - 1];
+  }
+  __device__ __forceinline__ bool takes_vectors() const { return none || (!map.live && !map.row_of); }
+
+  // For the elements first ... first + V - 1, where first is a multiple of V.
+  template <class E, int V>
+  __device__ __forceinline__ void draw(E (&e)[V], int64_t first) const {
+#pragma unroll
+    for (int v = 0; v < V; ++v) e[v].noise = 0;
+    if (none) return;
+#pragma unroll
+    for (int v = 0; v < V; v += 4) {
+      R normal[4];
+      normals_of_block(seed, uint64_t(first + v) >> 2, step, uint32_t(map.tensor_id), normal);
+#pragma unroll
+      for (int lane = 0; lane < 4; ++lane)
+        if constexpr (V >= 4)
+          e[v + lane].noise = normal[lane];
+        else if (lane < V)
+          e[lane].noise = first & 2 ? normal[lane + 2] : normal[lane];
+    }
+  }
+  template <class E>
+  __device__ __forceinline__ void draw_one(E& e, int64_t i) const {
+    e.noise = 0;
+    if (none) return;
+    const int64_t row = i / map.columns;
+    if (map.live && !map.live[row]) return;
+    const int64_t element = (map.row_of ? map.row_of[row] : row) * map.columns + (i - row * map.columns);
+    R normal[4];
+    normals_of_block(seed, uint64_t(element) >> 2, step, uint32_t(map.tensor_id), normal);
+    const R low = element & 1 ? normal[1] : normal[0], high = element & 1 ? normal[3] : normal[2];
+    e.noise = element & 2 ? high : low;
   }
 };
 
@@ -185,31 +241,33 @@ struct Body {
     }
   };
 
-  template <int Threads>
+  template <Pass P, int Threads>
   static __device__ __forceinline__ void reduce(const Span& span, M pre, const Known& known, double (&sums)[N]) {
     const Accumulator into{sums};
 #pragma unroll 2
     for (int64_t i = span.begin + int64_t(threadIdx.x) * V; i < span.vector_end; i += Threads * V) {
-      E e[V];
-      load<kReduce>(e, span.at, i, pre);
+      E e[V] = {};
+      load<P>(e, span.at, i, pre);
 #pragma unroll
       for (int v = 0; v < V; ++v) Rule::reduce(e[v], known, into);
     }
     for (int64_t i = span.vector_end + threadIdx.x; i < span.end; i += Threads) {
-      E e;
-      load_one<kReduce>(e, span.at, i, pre);
+      E e{};
+      load_one<P>(e, span.at, i, pre);
       Rule::reduce(e, known, into);
     }
   }
 
   // Loads, computes and stores every element of a piece; `key` is the number of the row's first element.
-  template <Pass P, int Threads, class Round, class Compute>
-  static __device__ __forceinline__ void sweep(const Span& span, int64_t key, M pre, Round round, Compute compute) {
+  template <Pass P, int Threads, class Round, class Noise, class Compute>
+  static __device__ __forceinline__ void sweep(const Span& span, int64_t key, M pre, Round round, const Noise& noise,
+                                               Compute compute) {
 #pragma unroll 1
     for (int64_t i = span.begin + int64_t(threadIdx.x) * V; i < span.vector_end; i += Threads * V) {
       E e[V];
       load<P>(e, span.at, i, pre);
       round.draw(key + i);
+      noise.draw(e, i);
 #pragma unroll
       for (int v = 0; v < V; ++v) compute(e[v]);
       store<P>(e, span.at, i, round);
@@ -219,6 +277,7 @@ struct Body {
       E e;
       load_one<P>(e, span.at, i, pre);
       round.draw_one(key + i);
+      noise.draw_one(e, i);
       compute(e);
       store_one<P>(e, span.at, i, round);
     }

@@ -27,10 +27,13 @@ struct Frame {
   bool shared_is_double;
   float* steps;  // [tensors]
   Status* status;
-  const float* grad_scale;  // null: 1
-  const float* found_inf;   // null: 0
-  double max_norm;          // infinity: no clipping
-  bool opens;               // of several passes that are skipped together this is the first, or there is one only
+  const float* grad_scale;     // null: 1
+  const float* found_inf;      // null: 0
+  double max_norm;             // infinity: no clipping
+  const NoiseMap* noise;       // of DemP: the table's
+  const double* perturbation;  // of DemP: lambda, sigma and the step that the noise belongs to
+  uint64_t noise_seed;
+  bool opens;  // of several passes that are skipped together this is the first, or there is one only
   Slots slots;
 
   TORSION_HD double scale() const { return grad_scale ? 1 / double(*grad_scale) : 1.; }
@@ -39,6 +42,16 @@ struct Frame {
   TORSION_HD double pre(const Row& row, double inverse_scale) const {
     return hyper[row.group].maximize != 0 ? -inverse_scale : inverse_scale;
   }
+
+  // What reduce() is told of a row.
+  template <class R>
+  TORSION_HD typename Rule::template Known<R> known(const Row& row) const {
+    if constexpr (Rule::kDemp)
+      return Rule::template known_lasso<R>(lasso(row));
+    else
+      return Rule::template known<R>(hyper[row.group], row.scaled != 0);
+  }
+  TORSION_HD double lasso(const Row& row) const { return row.scaled ? perturbation[0] : 0.; }
 
   TORSION_HD bool first_step(const Row& row) const { return Rule::clones(hyper[row.group]) && steps[row.tensor] == 0; }
 
@@ -80,7 +93,11 @@ struct Frame {
     const Row& row = rows[t];
     const bool first = first_step(row);
     if constexpr (Rule::kCounts) steps[row.tensor] += 1;
-    const Site site{double(steps[row.tensor]), status->clip, first, row.scaled != 0, sums + int64_t(n_scopes) * N};
+    Site site{double(steps[row.tensor]), status->clip, first, row.scaled != 0, sums + int64_t(n_scopes) * N};
+    if constexpr (Rule::kDemp) {
+      site.lasso = lasso(row);
+      site.sigma = row.noise ? perturbation[1] : 0.;
+    }
     // The scope's state is read back, so that float32 state gives after a resume what it gave before.
     coefficients[t] = Rule::template coefficients<double>(shared_of(row.scope), hyper[row.group], site);
   }

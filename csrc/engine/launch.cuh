@@ -67,6 +67,7 @@ struct Runner {
     std::vector<char> image(size_t(at.image_end));
     if (!t.rows.empty()) memcpy(image.data() + at.rows, t.rows.data(), t.rows.size() * sizeof(Row));
     if (!t.scope_first.empty()) memcpy(image.data() + at.scope_first, t.scope_first.data(), t.scope_first.size() * 4);
+    if (!t.noise.empty()) memcpy(image.data() + at.noise, t.noise.data(), t.noise.size() * sizeof(NoiseMap));
     send(image.data(), at.image_end, workspace, capturing, stream);
     launch<Threads>(expand_kernel<Threads>, blocks_for(int64_t(t.rows.size()), max_blocks), stream,
                     reinterpret_cast<const Row*>(workspace + at.rows), int64_t(t.rows.size()),
@@ -80,6 +81,7 @@ struct Runner {
     f.rows = reinterpret_cast<const Row*>(workspace + at.rows);
     f.pieces = reinterpret_cast<const Piece*>(workspace + at.pieces);
     f.scope_first = reinterpret_cast<const int32_t*>(workspace + at.scope_first);
+    f.noise = reinterpret_cast<const NoiseMap*>(workspace + at.noise);
     f.n_rows = int32_t(t.rows.size());
     f.n_scopes = t.n_scopes;
     f.partial = reinterpret_cast<double*>(workspace + at.partial);

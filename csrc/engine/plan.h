@@ -33,7 +33,16 @@ struct Row {
   int32_t group;
   int32_t aligned;  // every pointer is a multiple of 16 bytes
   int32_t scaled;   // a flag that the rule may ask for
-  int32_t unused;
+  int32_t noise;    // which of the table's NoiseMaps the tensor has, counted from 1; 0: no noise
+};
+
+// Where a tensor's noise comes from: seen as [rows, columns], element (r, c) has the noise of element
+// row_of[r] * columns + c of the uncut tensor. Null: all rows are live, or where they were.
+struct NoiseMap {
+  int64_t columns;
+  const uint8_t* live;    // [rows]
+  const int64_t* row_of;  // [rows]
+  int64_t tensor_id;
 };
 
 // Which of a row's addresses each stream of a rule takes: rules of one family share a table.
@@ -68,6 +77,7 @@ struct Table {
   std::vector<Piece> pieces;  // those of a kind side by side, a row's in order
   std::vector<int32_t> scope_first;
   std::vector<int32_t> row_of;  // slot -> row, -1 where the slot has none
+  std::vector<NoiseMap> noise;
   int64_t kind_first[kKinds + 1] = {};
   int32_t n_scopes = 0, n_groups = 0;
   std::vector<double> workspace;  // the CPU runner's partial sums and coefficients, kept between steps
@@ -112,10 +122,10 @@ inline bool is_aligned(const Row& row, int n_streams) {
   return all % 16 == 0;
 }
 
-// Where the parts of a device table lie, in bytes from its start. The image (rows, scope_first) is written by the host;
+// Where the parts of a device table lie, in bytes from its start. The image (rows, scope_first, noise) is written by the host;
 // the rest is the kernels' own.
 struct Layout {
-  int64_t rows, scope_first, image_end, pieces, ticket, partial, row_sums, sums, coefficients, hyper, end;
+  int64_t rows, scope_first, noise, image_end, pieces, ticket, partial, row_sums, sums, coefficients, hyper, end;
   Layout(const Table& t, int n_sums, int n_coefficients, int n_hyper) {
     int64_t at = 0;
     auto take = [&](int64_t bytes) {
@@ -126,6 +136,7 @@ struct Layout {
     // 16-byte steps keep every part aligned for 128-bit loads.
     rows = take(int64_t(t.rows.size()) * int64_t(sizeof(Row)));
     scope_first = take(int64_t(t.scope_first.size()) * 4);
+    noise = take(int64_t(t.noise.size()) * int64_t(sizeof(NoiseMap)));
     image_end = at;
     pieces = take(int64_t(t.pieces.size()) * int64_t(sizeof(Piece)));
     ticket = take(16);  // up to here alike for all rules, which may take turns on one table

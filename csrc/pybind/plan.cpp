@@ -8,6 +8,7 @@
 #include "engine/frame.h"
 #include "engine/plan.h"
 #include "rules/cycle.h"
+#include "rules/demp_step.h"
 #include "rules/philox.h"
 #include "watch.h"
 
@@ -19,9 +20,11 @@ namespace {
 void build(Table& table, const std::vector<std::vector<uint64_t>>& pointers, const std::vector<int64_t>& numel,
            const std::vector<int32_t>& kinds, const std::vector<int32_t>& scopes, const std::vector<int32_t>& groups,
            const std::vector<int32_t>& slots, const std::vector<double>& weights, const std::vector<int64_t>& keys,
-           int32_t n_scopes, int32_t n_groups, const std::vector<int32_t>& scaled) {
+           int32_t n_scopes, int32_t n_groups, const std::vector<int32_t>& scaled,
+           const std::vector<std::vector<int64_t>>& noise) {
   if (pointers.empty() || pointers.size() > size_t(kMaxStreams)) throw std::invalid_argument("1 to 8 streams");
   table.rows.clear();
+  table.noise.clear();
   table.n_scopes = n_scopes;
   table.n_groups = n_groups;
   for (size_t i = 0; i < numel.size(); ++i) {
@@ -35,6 +38,13 @@ void build(Table& table, const std::vector<std::vector<uint64_t>>& pointers, con
     row.weight = weights.empty() ? 1 : weights.at(i);
     row.key = keys.empty() ? 0 : keys.at(i);
     row.scaled = scaled.empty() ? 0 : scaled.at(i);
+    if (!noise.empty() && !noise.at(i).empty()) {
+      const std::vector<int64_t>& m = noise[i];
+      table.noise.push_back(
+          {m.at(0), reinterpret_cast<const uint8_t*>(m.at(1)), reinterpret_cast<int64_t*>(m.at(2)), m.at(3)});
+      row.noise = int32_t(table.noise.size());
+      if (m[0] <= 0) throw std::invalid_argument("row " + std::to_string(i) + " has noise of no columns");
+    }
     row.aligned = is_aligned(row, kMaxStreams);
     if (row.kind < 0 || row.kind >= kKinds || row.scope < 0 || row.scope >= n_scopes || row.group < 0 ||
         row.group >= n_groups || row.tensor < 0 || row.n < 0)
@@ -123,7 +133,8 @@ PYBIND11_MODULE(_plan, m) {
       .def(py::init<>())
       .def("build", &build, py::arg("pointers"), py::arg("numel"), py::arg("kinds"), py::arg("scopes"),
            py::arg("groups"), py::arg("slots"), py::arg("weights"), py::arg("keys"), py::arg("n_scopes"),
-           py::arg("n_groups"), py::arg("scaled") = std::vector<int32_t>())
+           py::arg("n_groups"), py::arg("scaled") = std::vector<int32_t>(),
+           py::arg("noise") = std::vector<std::vector<int64_t>>())
       .def_property_readonly("address", [](Table& t) { return reinterpret_cast<uintptr_t>(&t); })
       .def_property_readonly("rows", [](const Table& t) { return t.rows.size(); })
       .def_property_readonly("pieces", [](const Table& t) { return t.pieces.size(); })
@@ -139,6 +150,8 @@ PYBIND11_MODULE(_plan, m) {
       .def("workspace_bytes", [](const Table& t, const std::string& rule) {
         if (rule == Tam::kName) return workspace_bytes<Tam>(t);
         if (rule == AdaTam::kName) return workspace_bytes<AdaTam>(t);
+        if (rule == "tam_demp") return workspace_bytes<DempStep<Tam>>(t);
+        if (rule == "adatam_demp") return workspace_bytes<DempStep<AdaTam>>(t);
         if (rule == "lookbehind") return most_workspace_bytes(t);
         throw std::invalid_argument("no rule named " + rule);
       });

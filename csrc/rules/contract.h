@@ -33,7 +33,8 @@ namespace torsion {
 enum class Role { param, grad, state };  // decides the storage type
 
 // A step runs reduce, then update; a rule with kRestores runs restore instead of the update of a step that is skipped.
-enum Pass : unsigned { kReduce = 1, kUpdate = 2, kRestore = 4 };
+// kReduceScaled is the reduce of rows with the flag, in a rule that reads more of them.
+enum Pass : unsigned { kReduce = 1, kUpdate = 2, kRestore = 4, kReduceScaled = 8 };
 
 // In which passes an array is read and written. Two streams may be one array: what an element loads, it loads before it
 // stores. A shadow is the parameter rounded from a state that holds it in full: where both are of one type, the state is
@@ -63,6 +64,7 @@ struct Site {
   bool first;         // the tensor's first step, of a rule that clones
   bool scaled;        // the row's flag
   const double* all;  // sums over every tensor of the step
+  double lasso = 0, sigma = 0;  // of DemP: weight of the row's sign, standard deviation of its noise
 };
 
 // Sums over the tensor's scope and over every tensor of the step.
@@ -75,6 +77,7 @@ struct Defaults {
   static constexpr bool kRestores = false;  // restore(e) undoes what earlier steps did, in a step that is skipped
   static constexpr bool kCounts = true;     // a step of the rule is a step of the optimizer
   static constexpr bool kRounds = true;     // takes part in stochastic rounding
+  static constexpr bool kDemp = false;      // takes lasso and noise (demp_step.h)
 
   // What reduce() needs to know of a tensor: R only.
   template <class R>

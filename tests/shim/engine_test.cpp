@@ -1,6 +1,7 @@
 // The CUDA engine against the CPU runner, on a CPU. `engine_test` runs every check below, `engine_test NAME...` those
 // named; each prints one line; the exit status is the number of failures.
 #include "checks.h"
+#include "cpu/normals.cpp"
 #include "cycle_world.h"
 
 namespace torsion::test {
@@ -32,6 +33,49 @@ void kinds() {
   for (int32_t kind = 0; kind < kKinds; ++kind)
     for (int64_t grid : {1, 3})
       for_rules([&]<class Rule> { same<Rule>({.tensors = sizes(kind), .shared_double = kind == kF64}, grid); });
+}
+
+template <class Check>
+void for_rules_with_demp(Check check) {
+  check.template operator()<DempStep<Tam>>();
+  check.template operator()<DempStep<AdaTam>>();
+}
+
+void lasso_and_noise() {
+  for (int32_t kind = 0; kind < kKinds; ++kind)
+    for_rules_with_demp([&]<class Rule> { same<Rule>({.tensors = sizes(kind), .shared_double = kind == kF64}, 3); });
+  const Setup s = mixed();
+  for (bool split : {false, true}) for_rules_with_demp([&]<class Rule> { same<Rule>(s, 3, split); });
+}
+
+// The same numbers by the plain equations.
+void lasso_and_noise_by_hand() {
+  const Setup s{.tensors = {{12}, {12}, {12}}};
+  World<DempStep<Tam>> with(s);
+  World<Tam> without(s);
+  with.new_gradients(1);
+  without.new_gradients(1);
+  const auto number = [](const auto& w, size_t t, int stream, int64_t i) -> float& {
+    return static_cast<float*>(w.table.rows[t].at[stream])[i];
+  };
+  for (size_t t = 1; t < 3; t += 2)  // scaled rows are the odd ones
+    for (int64_t i = 0; i < 12; ++i) {
+      const float p = number(without, t, 0, i);
+      number(without, t, 1, i) += 3.f / 64 * float(int(p > 0) - int(p < 0));
+    }
+  with.step_on_cpu();
+  without.step_on_cpu();
+  for (size_t t = 0; t < 3; ++t) {
+    const NoiseMap& map = with.table.noise[t];
+    for (int64_t i = 0; i < 12; ++i) {
+      const int64_t row = i / map.columns, e = (map.row_of ? map.row_of[row] : row) * map.columns + i % map.columns;
+      float normal[4];
+      normals_of_block(0x123456789abcdefu, uint64_t(e) >> 2, 7u, uint32_t(map.tensor_id), normal);
+      const float noise = map.live && !map.live[row] ? 0.f : .125f * normal[e & 3];
+      REQUIRE(number(with, t, 0, i) == number(without, t, 0, i) + noise);
+      REQUIRE(number(with, t, 2, i) == number(without, t, 2, i));
+    }
+  }
 }
 
 void scopes_groups_kinds() {
@@ -322,6 +366,8 @@ void far_pieces() {
 
 const Checks kChecks = {
     {"kinds", kinds},
+    {"lasso_and_noise", lasso_and_noise},
+    {"lasso_and_noise_by_hand", lasso_and_noise_by_hand},
     {"scopes_groups_kinds", scopes_groups_kinds},
     {"clone_first_step", clone_first_step},
     {"clip_and_scale", clip_and_scale},

@@ -11,8 +11,7 @@
 // After the imitation of CUDA:
 #include "engine/cpu.h"
 #include "engine/launch.cuh"
-#include "rules/adatam.h"
-#include "rules/tam.h"
+#include "rules/demp_step.h"
 
 namespace torsion::test {
 
@@ -154,6 +153,9 @@ struct World {
   std::vector<typename Rule::Hyper> hyper;
   std::vector<double> sums;
   std::vector<uint4> workspace;
+  std::vector<std::vector<uint8_t>> live;
+  std::vector<std::vector<int64_t>> original_rows;
+  double perturbation[3] = {3. / 64, .125, 7};
 
   explicit World(const Setup& setup) : setup(setup) {
     table.n_scopes = setup.scopes;
@@ -177,8 +179,25 @@ struct World {
     memory.emplace_back();
     for (int k = 0; k < S; ++k) row.at[k] = allocate(memory.back(), spec, k);
     row.aligned = is_aligned(row, S);
+    if constexpr (Rule::kDemp) make_noise(row, slot);
     table.rows.push_back(row);
     steps.push_back(spec.steps);
+  }
+
+  // Of six tensors one without noise, two all of whose rows are live; the others have dead rows, were cut, or both.
+  void make_noise(Row& row, int32_t slot) {
+    row.scaled = slot % 2;
+    if (slot % 6 == 5) return;
+    const int64_t columns = row.n % 5 == 0 ? 5 : row.n % 3 == 0 ? 3 : 1, rows = row.n / columns;
+    live.emplace_back(size_t(rows));
+    original_rows.emplace_back(size_t(rows));
+    for (int64_t r = 0; r < rows; ++r) {
+      live.back()[size_t(r)] = r % 4 != 1;
+      original_rows.back()[size_t(r)] = r + r / 3;
+    }
+    table.noise.push_back({columns, slot % 6 >= 2 && slot % 6 != 3 ? live.back().data() : nullptr,
+                           slot % 6 >= 3 ? original_rows.back().data() : nullptr, 100 + slot});
+    row.noise = int32_t(table.noise.size());
   }
 
   // New numbers for the streams [first, last); state beyond the momentum starts at a square.
@@ -209,6 +228,8 @@ struct World {
     f.found_inf = setup.found_inf ? &*setup.found_inf : nullptr;
     f.max_norm = setup.max_norm;
     f.opens = true;
+    f.perturbation = perturbation;
+    f.noise_seed = 0x123456789abcdefu;
     return f;
   }
 

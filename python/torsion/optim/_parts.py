@@ -13,6 +13,7 @@ from torch import Tensor
 from torsion.ops import _dispatch, _native
 from torsion.ops._frame import SHARED, Step
 from torsion.ops._rules import Rule
+from torsion.optim._perturbation import NoiseRows, Perturbation
 
 KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 STOCHASTIC_KINDS = {torch.bfloat16: 4, torch.float16: 5}
@@ -65,6 +66,8 @@ class Member:
     key: int = 0
     write_back: Tensor | None = None
     """The parameter itself where ``param`` is a dense copy of it."""
+    lasso: bool = False
+    noise: NoiseRows | None = None
 
 
 @dataclass
@@ -96,6 +99,7 @@ class Part:
     flat: Flat
     members: list[Member]
     n_groups: int
+    perturbation: Perturbation | None = None
     table: Any = None
     workspace: Tensor | None = None
     written: list[Tensor] = field(default_factory=list)
@@ -123,10 +127,13 @@ class Part:
             keys=[m.key for m in members],
             n_scopes=self.flat.shared.shape[0],
             n_groups=self.n_groups,
+            scaled=[int(m.lasso) for m in members],
+            noise=[[] if m.noise is None else m.noise.packed() for m in members],
         )
-        self.op = getattr(torch.ops.torsion, f"{self.rule.name}_planned_").default
+        name = self.rule.name if self.perturbation is None else f"{self.rule.name}_demp"
+        self.op = getattr(torch.ops.torsion, f"{name}_planned_").default
         if self.backend == "cuda":
-            size = self.table.workspace_bytes(self.rule.name)
+            size = self.table.workspace_bytes(name)
             self.workspace = torch.empty(size, dtype=torch.uint8, device=self.flat.shared.device)
 
     def forget_tensors(self) -> None:
@@ -161,10 +168,11 @@ class Part:
         self._write_back()
 
     def _planned(self, s: Scalars, phase: int, sums: Tensor | None) -> None:
-        flat = self.flat
+        flat, demp = self.flat, self.perturbation
+        more = () if demp is None else (demp.numbers(flat.shared.device), demp.seed_of_op)
         self.op(
             self.table.address, flat.shared, flat.steps, flat.status, s.hyper, s.lrs, s.grad_scale, s.found_inf,
-            s.max_grad_norm, phase, sums, self.workspace,
+            s.max_grad_norm, phase, sums, self.workspace, *more,
         )  # fmt: skip
 
     def _step(self, s: Scalars) -> Step:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torsion.ops import _backends, _native
 from torsion.optim import _checks, _sharding
 from torsion.optim._parts import Flat, Member, Part
+from torsion.optim._perturbation import Perturbation
 from torsion.optim._planning import Planning
 
 
@@ -25,6 +26,7 @@ class PlannedOptimizer(Planning, torch.optim.Optimizer):
         if backend is not None:
             _checks.word("", "backend", backend, _backends.NAMES, "or None for the best")
         self._backend = backend
+        self._perturbation: Perturbation | None = None
         self._forget()
         self._check_numbers("", defaults)
         super().__init__(_checks.not_empty(type(self).__name__, params), defaults)
@@ -82,6 +84,23 @@ class PlannedOptimizer(Planning, torch.optim.Optimizer):
             if group["stochastic_rounding"] and group["sr_seed"] is None:
                 group["sr_seed"] = int(torch.randint(2**53 - 1, ()))
 
+    # Lasso and noise inside the step, for torsion.DemP
+
+    def _perturb(self, perturbation: Perturbation | None) -> None:
+        """Take lasso and noise into the steps to come; its numbers may change between them, None ends it."""
+        self._perturbation, self._watch = perturbation, None
+
+    def _takes_perturbation(self) -> bool:
+        """Whether kernels that do so run on all parameters."""
+        kinds = {p.device.type for *_, p in self._all()}
+        return all(_backends.choose(kind, self._backend)[0] in ("cpu", "cuda") for kind in kinds)
+
+    def _takes_noise(self, p: Tensor) -> bool:
+        """Whether the kernels can add noise to ``p``: its elements lie in order, and their rounding is unbiased."""
+        group = next(g for g in self.param_groups if any(p is q for q in g["params"]))
+        rounds = p.dtype in (torch.float32, torch.float64) or group["stochastic_rounding"]
+        return bool(rounds) and p.is_contiguous() and not _sharding.is_dtensor(p)
+
     def _forget(self) -> None:
         """Drop everything that can be derived from groups and state."""
         self._watch = None
@@ -104,11 +123,15 @@ class PlannedOptimizer(Planning, torch.optim.Optimizer):
         self._ensure_flats()
         self._make_states(active)
         members: dict[torch.device, list[Member]] = defaultdict(list)
+        demp = self._perturbation
         for slot, g, i, p in active:
-            members[p.device].append(self._member(slot, g, i, p))
+            member = self._member(slot, g, i, p)
+            if demp is not None:
+                member.lasso, member.noise = p in demp.scales, demp.noise.get(p)
+            members[p.device].append(member)
         for device, found in members.items():
             backend = _backends.choose(device.type, self._backend)[0]
-            self._parts.append(Part(self._rule, backend, self._flats[device], found, len(self.param_groups)))
+            self._parts.append(Part(self._rule, backend, self._flats[device], found, len(self.param_groups), demp))
         self._watch = self._watch_parts(active)
         return self._parts
 

@@ -166,6 +166,8 @@ class TorqueOptimizer(PlannedOptimizer):
     def _compile_problem(self, p: Tensor, devices: int) -> str:
         """What keeps the step of ``p`` out of a graph."""
         chosen, behind_op = _backends.choose(p.device.type, self._backend)[0], _dispatch.BEHIND_OPS[p.device.type]
+        if self._perturbation is not None:
+            return "DemP adds its lasso and noise inside the step"
         if _sharding.is_dtensor(p):
             return "it is sharded"
         if not _layout.is_dense(p) or p.grad.dtype != p.dtype or not _layout.same_layout(p.grad, p):  # type: ignore[union-attr,arg-type]
@@ -260,6 +262,7 @@ class TorqueOptimizer(PlannedOptimizer):
         self._forget()
         super().__setstate__(state)
         self.__dict__.setdefault("_backend", None)
+        self.__dict__.setdefault("_perturbation", None)
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
