@@ -7,13 +7,11 @@
 #include <omp.h>
 
 #include <array>
-#include <cstdlib>
 #include <cstring>
 
 #include "engine/frame.h"
+#include "engine/isa.h"
 #include "rules/philox.h"
-
-#define TORSION_INLINE inline __attribute__((always_inline))
 
 namespace torsion::cpu {
 
@@ -343,22 +341,6 @@ struct PieceFunctions {
   void (*update)(const Work&, const double*, uint64_t, uint32_t);
   void (*restore)(const Work&);
 };
-
-// x86-64-v4, v3 and the baseline; TORSION_ISA=0|1|2 forces a lower one, so that tests can compare their bits.
-// TORSION_ONE_LEVEL leaves all but the baseline out, for programs that are compiled often.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && !defined(TORSION_ONE_LEVEL)
-#define TORSION_X86_LEVELS 1
-inline int isa_level() {
-  static const int level = [] {
-    const int have = __builtin_cpu_supports("x86-64-v4") ? 2 : __builtin_cpu_supports("x86-64-v3") ? 1 : 0;
-    const char* forced = std::getenv("TORSION_ISA");
-    return forced ? std::min(have, std::atoi(forced)) : have;
-  }();
-  return level;
-}
-#else
-inline int isa_level() { return 0; }
-#endif
 
 template <class Rule, class T, class Round>
 struct Levels {

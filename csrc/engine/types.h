@@ -1,9 +1,8 @@
 // Storage types and their conversions, the same bits on host and device.
 #pragma once
-#include <cstring>
 #include <type_traits>
 
-#include "rules/contract.h"
+#include "rules/bits.h"
 
 namespace torsion {
 
@@ -13,17 +12,6 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
-
-TORSION_HD uint32_t to_bits(float x) {
-  uint32_t u;
-  memcpy(&u, &x, 4);
-  return u;
-}
-TORSION_HD float from_bits(uint32_t u) {
-  float x;
-  memcpy(&x, &u, 4);
-  return x;
-}
 
 TORSION_HD float widen(float x) { return x; }
 TORSION_HD double widen(double x) { return x; }
