@@ -46,7 +46,7 @@ def step(backend=None):
 
 def test_backends_names_every_op():
     found = torsion.backends()
-    assert set(found) == {*RULES, *PASSES}
+    assert set(found) == {*RULES, *PASSES, *_backends.KERNELS}
     for choice in found.values():
         assert set(choice) == {"chosen", "available", "why"}
         assert choice["chosen"] in choice["available"]
@@ -56,7 +56,11 @@ def test_backends_names_every_op():
 
 
 def test_the_best_is_chosen():
-    assert {choice["chosen"] for choice in torsion.backends().values()} == {BEST}
+    found = torsion.backends()
+    assert {found[op]["chosen"] for op in (*RULES, *PASSES)} == {BEST}
+    for op, kernels in _backends.KERNELS.items():
+        runnable = [name for name in kernels if not _backends.obstacle(name, DEVICE)]
+        assert found[op]["chosen"] == next(name for name in runnable if CUDA or name != "triton"), op
 
 
 def test_available_are_those_that_run():

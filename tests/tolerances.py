@@ -64,6 +64,14 @@ SUMS = Row(0.0, scale=1e-13, why="the order of summation is free; products of tw
 # Two runs in float64 whose sums were taken in another order: other chunks, other lists, another scale.
 REORDERED = Row(0.0, scale=1e-11, why="1e-16 a step, divided by norms that may be 1e-3 of their terms")
 
+# Normals of the compiled generator against float64 arithmetic on the same uniform numbers.
+NORMALS = {
+    torch.float64: Row(1e-15, atol=6e-15, why="the judge rounds its angle 2 pi u by up to 9e-16, times r below 6.7"),
+    torch.float32: Row(2.0**-21, why="4 units in the last of 24 bits"),
+    torch.bfloat16: Row(2.0**-7, why="one of 8 bits, where float32 lies on either side of a tie"),
+    torch.float16: Row(2.0**-10, atol=2.0**-24, why="one of 11 bits, where float32 lies on either side of a tie"),
+}
+
 NORM = Row(1e-6, why="gradients in float32 before and after division by a scale that is no power of two")
 
 

@@ -153,15 +153,15 @@ TORSION_INLINE void spend(const Words& words, int n, uint16_t* out) {
 template <class Out>
 constexpr int kPerBlock = sizeof(Out) == 2 ? 8 : 4;
 
-#define TORSION_FILL(level, attribute)                                                                                \
-  template <class Source, class Out>                                                                                  \
-  attribute __attribute__((noinline)) void fill_##level(NoiseKey key, Source source, int64_t n, Out* out) {           \
-    Words words;                                                                                                      \
-    for (int64_t j = 0; j < n; j += kBlocks) {                                                                        \
-      const int m = int(std::min<int64_t>(n - j, kBlocks));                                                           \
-      words_##level(key, source, j, (m + int(kListed) - 1) / int(kListed) * int(kListed), words);                     \
-      spend(words, m, out + kPerBlock<Out> * j);                                                                      \
-    }                                                                                                                 \
+#define TORSION_FILL(level, attribute)                                                                      \
+  template <class Source, class Out>                                                                        \
+  attribute __attribute__((noinline)) void fill_##level(NoiseKey key, Source source, int64_t n, Out* out) { \
+    Words words;                                                                                            \
+    for (int64_t j = 0; j < n; j += kBlocks) {                                                              \
+      const int m = int(std::min<int64_t>(n - j, kBlocks));                                                 \
+      words_##level(key, source, j, (m + int(kListed) - 1) / int(kListed) * int(kListed), words);           \
+      spend(words, m, out + kPerBlock<Out> * j);                                                            \
+    }                                                                                                       \
   }
 TORSION_FILL(base, )
 #ifdef TORSION_X86_LEVELS

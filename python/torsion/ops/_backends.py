@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from typing import TypedDict
 
 import torch
@@ -12,6 +13,16 @@ from torsion.ops import _native
 from torsion.ops._rules import PASSES, RULES
 
 NAMES = ("cuda", "triton", "cpu", "reference")
+
+KERNELS: dict[str, tuple[str, ...]] = {
+    "philox_normal": ("cpu", "reference"),
+    "demp_update_": ("cpu", "reference"),
+    "active_flags_": ("cpu", "reference"),
+}
+"""Ops that are not written for every back end -> those they are written for, the best first."""
+
+NOTES: dict[str, str] = {}
+"""Op -> what :func:`backends` says beside its back end."""
 
 
 class Choice(TypedDict):
@@ -48,8 +59,14 @@ def obstacle(name: str, device: str) -> str:
     return f"it runs on CUDA tensors, these are on {device} (TRITON_INTERPRET=1 runs it on CPU tensors, for tests)"
 
 
-def choose(device: str, requested: str | None = None) -> tuple[str, str]:
+def choose(device: str, requested: str | None = None, kernels: Sequence[str] = NAMES) -> tuple[str, str]:
     """Return the back end for tensors on ``device`` and why: ``requested`` before TORSION_BACKEND before the best.
+
+    Args:
+        device: its type.
+        requested: a back end by name.
+        kernels: back ends the op is written for, the reference among them. TORSION_BACKEND speaks of all ops, so one
+            that is not written for it runs on its own best.
 
     Raises:
         ValueError: an unknown name, or one that cannot run on this device; the message says what is missing.
@@ -57,15 +74,17 @@ def choose(device: str, requested: str | None = None) -> tuple[str, str]:
     forced, by = requested, "backend"
     if requested is None:
         forced, by = os.environ.get("TORSION_BACKEND"), "TORSION_BACKEND"
+        if forced in NAMES and forced not in kernels:
+            forced = None
     if forced or requested is not None:
         if forced not in NAMES:
             raise ValueError(f"{by}={forced!r} is not a back end; use one of {', '.join(NAMES)}, or none for the best")
-        reason = obstacle(forced, device)
+        reason = obstacle(forced, device) if forced in kernels else f"the op runs on {', '.join(kernels)}"
         if reason:
             raise ValueError(f"{by}={forced!r} cannot be used: {reason}")
         return forced, f"{by}={forced}"
     passed: list[str] = []
-    for name in NAMES:
+    for name in kernels:
         if name == "triton" and device == "cpu":
             continue  # the interpreter is for tests: only when asked for
         reason = obstacle(name, device)
@@ -88,10 +107,14 @@ def backends() -> dict[str, Choice]:
         ValueError: ``TORSION_BACKEND`` names no back end, or one that cannot run here.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen, why = choose(device)
     devices = ("cuda", "cpu") if device == "cuda" else ("cpu",)
-    available = [name for name in NAMES if any(not obstacle(name, d) for d in devices)]
-    return {op: Choice(chosen=chosen, available=available, why=why) for op in (*RULES, *PASSES)}
+    runnable = [name for name in NAMES if any(not obstacle(name, d) for d in devices)]
+    found: dict[str, Choice] = {}
+    for op, kernels in {**dict.fromkeys((*RULES, *PASSES), NAMES), **KERNELS}.items():
+        chosen, why = choose(device, kernels=kernels)
+        available = [name for name in runnable if name in kernels]
+        found[op] = Choice(chosen=chosen, available=available, why="; ".join(filter(None, (why, NOTES.get(op)))))
+    return found
 
 
 def build_info() -> dict[str, object]:

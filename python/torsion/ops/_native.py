@@ -21,8 +21,19 @@ _SCHEMAS = {
         "Tensor(d!) steps, Tensor(e!) status, Tensor hyper, Tensor[] lrs, int[] scopes, int[] groups, int[] slots, "
         "Tensor? grad_scale, Tensor? found_inf, float? max_grad_norm) -> ()"
     ),
+    "philox_normal_": "(Tensor(a!) out, int seed, int step, int tensor_id) -> ()",
+    "demp_update_": (
+        "(Tensor(a!)[] params, Tensor?[] row_live, Tensor?[] col_live, Tensor?[] rows, Tensor?[] cols, "
+        "int[] orig_cols, float sigma, int seed, int step, int[] tensor_ids) -> ()"
+    ),
+    "active_flags_": (
+        '(Tensor y, Tensor(a!) flags, Tensor(b!) count, int channel_dim=1, str criterion="ever_active", '
+        "float tau=0.0) -> ()"
+    ),
 }
-"""The list ops again for a build without ``_C``; a test holds them equal to ``csrc/ops.cpp``."""
+"""The ops that work in place, again for a build without ``_C``; a test holds them equal to ``csrc/ops.cpp``."""
+
+_PLANNED = ("tam_planned_", "adatam_planned_", "lookbehind_planned_")
 
 missing: dict[str, str] = {}
 """Compiled module -> why it cannot be used."""
@@ -65,5 +76,5 @@ def _fake(*_args: Any) -> None:
     """Every op works in place and returns nothing."""
 
 
-for _name in (*_SCHEMAS, *(f"{n}planned_" for n in (*_SCHEMAS, "lookbehind_") if C is not None)):
+for _name in (*_SCHEMAS, *(_PLANNED if C is not None else ())):
     torch.library.register_fake(f"torsion::{_name}", _fake)

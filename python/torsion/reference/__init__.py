@@ -5,6 +5,7 @@ read beside the paper. A Lookbehind cycle is made of several passes, see :mod:`t
 """
 
 from torsion.reference.adatam import adatam_, adatam_sums
+from torsion.reference.demp import active_flags_, demp_update_, philox_normal
 from torsion.reference.lookbehind import (
     ascent_,
     blend_,
@@ -18,16 +19,19 @@ from torsion.reference.philox import philox, rounding_bits, stochastic_round
 from torsion.reference.tam import tam_, tam_sums
 
 __all__ = [
+    "active_flags_",
     "adatam_",
     "adatam_sums",
     "ascent_",
     "blend_",
+    "demp_update_",
     "descent_",
     "descent_ascent_",
     "descent_blend_",
     "phase_",
     "phase_sums",
     "philox",
+    "philox_normal",
     "rounding_bits",
     "stochastic_round",
     "tam_",
