@@ -11,11 +11,15 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
-@pytest.mark.parametrize(("block", "lines"), list(zip(BLOCKS, (11, 16), strict=True)), ids=["tam", "lookbehind"])
-def test_example_runs(block, lines, capsys):
+EXPECTED = {"tam": (11, "tensor("), "lookbehind": (16, "tensor("), "demp": (14, "parameters")}
+
+
+@pytest.mark.parametrize(("block", "expected"), list(zip(BLOCKS, EXPECTED.values(), strict=True)), ids=EXPECTED)
+def test_example_runs(block, expected, capsys):
+    lines, printed = expected
     assert len([line for line in block.splitlines() if line.strip()]) <= lines
     exec(compile(block, "README.md", "exec"), {})
-    assert "tensor(" in capsys.readouterr().out
+    assert printed in capsys.readouterr().out
 
 
 def test_named_files_exist():

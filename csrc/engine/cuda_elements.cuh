@@ -246,14 +246,18 @@ struct Body {
     const Accumulator into{sums};
 #pragma unroll 2
     for (int64_t i = span.begin + int64_t(threadIdx.x) * V; i < span.vector_end; i += Threads * V) {
-      E e[V] = {};
+      E e[V];
       load<P>(e, span.at, i, pre);
+      if constexpr (Rule::kDemp && P == kReduce)
+#pragma unroll
+        for (int v = 0; v < V; ++v) e[v].param = 0;  // its sign counts 0 times here
 #pragma unroll
       for (int v = 0; v < V; ++v) Rule::reduce(e[v], known, into);
     }
     for (int64_t i = span.vector_end + threadIdx.x; i < span.end; i += Threads) {
-      E e{};
+      E e;
       load_one<P>(e, span.at, i, pre);
+      if constexpr (Rule::kDemp && P == kReduce) e.param = 0;
       Rule::reduce(e, known, into);
     }
   }

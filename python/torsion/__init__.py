@@ -15,20 +15,23 @@ try:
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0.1.0"
 
-from torsion import ops, optim, reference
+from torsion import ops, optim, prune, reference
 from torsion.ops import backends, build_info
 from torsion.optim import SAM, TAM, AdaTAM, AdaTAMW, Lookbehind
+from torsion.prune import DemP
 
 __all__ = [
     "SAM",
     "TAM",
     "AdaTAM",
     "AdaTAMW",
+    "DemP",
     "Lookbehind",
     "__version__",
     "backends",
     "build_info",
     "ops",
     "optim",
+    "prune",
     "reference",
 ]
