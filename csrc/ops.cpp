@@ -38,6 +38,13 @@ STABLE_TORCH_LIBRARY(torsion, m) {
       "lookbehind_planned_(int table, int rule, int[] streams, bool opens, Tensor(c!) shared, Tensor(d!) steps, "
       "Tensor(e!) status, Tensor hyper, Tensor[] lrs, Tensor? found_inf, float? max_grad_norm, int phase, "
       "Tensor(g!)? sums, Tensor(h!)? workspace) -> ()");
+  // The end of a cycle with an adaptive alpha: the last descent, by its number in ClosingRules, whose update sums what the
+  // angle needs, and the blend over the table `next`.
+  m.def(
+      "lookbehind_closing_planned_(int table, int rule, int[] streams, Tensor(c!) shared, Tensor(d!) steps, "
+      "Tensor(e!) status, Tensor hyper, Tensor[] lrs, Tensor? found_inf, float? max_grad_norm, "
+      "Tensor(h!)? workspace, int next, int[] next_streams, Tensor(i!) alphas, Tensor next_hyper, "
+      "Tensor(j!)? next_workspace) -> ()");
   // DemP. philox_normal_ fills `out`; demp_update_ adds noise to the live entries of n parameters (ops/noise.py).
   m.def("philox_normal_(Tensor(a!) out, int seed, int step, int tensor_id) -> ()");
   m.def(

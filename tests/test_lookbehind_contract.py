@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import torsion
 from torsion.ops import _native
-from torsion.ops._cycle import RULES
+from torsion.ops._cycle import CLOSING, RULES
 
 KEYWORDS = {
     "k": 2,
@@ -129,6 +129,8 @@ class _Calls(TorchDispatchMode):
         self.made = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.torsion.lookbehind_closing_planned_.default:
+            self.made.append(list(CLOSING)[args[1]] + " and blend")
         if func is torch.ops.torsion.lookbehind_planned_.default:
             name = next(name for name, rule in RULES.items() if rule["number"] == args[1])
             self.made.append(name + {0: "", 1: " sums", 2: " rest"}[args[11]])
@@ -146,6 +148,18 @@ def test_the_general_path_ascends_and_interpolates_in_fused_passes(alpha):
         "opening_ascent/asam", "ascent/asam sums", "ascent/asam rest", "ascent sums",
         "blend" if alpha == 0.5 else "blend/adaptive",
     ]  # fmt: skip
+
+
+@pytest.mark.skipif(_native.plan is None, reason="the compiled modules are not built")
+@each_base("sgd", "sgd-momentum", "adamw", "tam", "adatamw")
+def test_an_adaptive_step_closes_in_one_call(base):
+    """Its last descent sums for the interpolation, which need not read the weights for that again."""
+    optimizer = build(base, k=2, alpha="adaptive")
+    grads = evaluations(optimizer, 3)
+    with _Calls() as calls:
+        phases(optimizer, grads, 2)
+    rule = {"sgd-momentum": "sgd_momentum", "adamw": "adam", "adatamw": "adatam"}.get(base.id, base.id)
+    assert calls.made == ["opening_ascent", f"descent_ascent/{rule}", f"last_descent/{rule} and blend"]
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,8 @@ from torch import Tensor
 
 import torsion
 from torsion.ops import _native, columns
-from torsion.ops._cycle import RULES, stream_names
+from torsion.ops._cycle import CLOSING, RULES, stream_names
+from torsion.ops._rules import BASES
 
 pytestmark = [
     pytest.mark.skipif(_native.plan is None, reason=_native.missing.get("_plan", "")),
@@ -335,6 +336,15 @@ def test_names_of_columns_and_streams_are_the_compiled_ones(rule):
     assert RULES[rule]["hyper"] == len(columns(rule))
     assert RULES[rule]["streams"] == len(stream_names(rule, base_of(rule)))
     assert RULES[rule]["sums"] == n_sums(rule)
+
+
+@pytest.mark.skipif(_native.plan is None, reason="the compiled modules are not built")
+def test_names_of_the_last_descents_are_the_compiled_ones():
+    assert list(CLOSING) == [f"last_descent/{base}" for base in BASES]
+    for rule, found in CLOSING.items():
+        alone = rule.replace("last_descent", "descent")
+        assert found["streams"] == len(stream_names(rule, base_of(alone)))
+        assert (found["hyper"], found["sums"]) == (RULES[alone]["hyper"], RULES[alone]["sums"])
 
 
 GOLDEN = {

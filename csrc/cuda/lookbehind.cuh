@@ -17,4 +17,8 @@ struct CyclePass {
 template <class Rule>
 void run_pass(const CyclePass& pass);
 
+// The last descent of a cycle and the blend that follows, over the table of `next`.
+template <class Rule>
+void run_closing(const CyclePass& last, const CyclePass& next);
+
 }  // namespace torsion::cuda

@@ -84,39 +84,53 @@ char* place(Table& table, const MaybeTensor& workspace, MaybeTensor& own, int32_
   return at;
 }
 
+// Arguments of a step as the launches take them.
+template <class Rule>
+struct Call {
+  Frame<Rule> frame{};
+  std::vector<typename Rule::Hyper> hyper;
+  std::vector<Rate> rates;
+  int32_t device;
+
+  Call(const Table& table, const StepTensors& in, const Slots& slots) {
+    STD_TORCH_CHECK(in.shared.is_cuda(), Rule::kName, ": shared must be on the device of the parameters");
+    device = in.shared.get_device_index();
+    fill_frame(frame, table, in, Rule::kName);
+    frame.slots = slots;
+    rates.resize(size_t(table.n_groups));
+    hyper = read_hyper<Rule>(table, in, Rule::kName, [&](size_t group, const Tensor& rate) {
+      check_device(rate, device, Rule::kName, "a learning rate tensor");
+      const bool is_double = rate.scalar_type() == ScalarType::Double;
+      STD_TORCH_CHECK(is_double || rate.scalar_type() == ScalarType::Float, Rule::kName,
+                      ": a learning rate must be float32 or float64");
+      STD_TORCH_CHECK(rate.numel() == 1, Rule::kName, ": a learning rate must be one number, has ", rate.numel());
+      rates[group] = {rate.const_data_ptr(), is_double};
+    });
+  }
+};
+
+inline int64_t most_blocks(int32_t device) {
+  int multiprocessors = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  return multiprocessors * kBlocksPerMultiprocessor;
+}
+
 template <class Rule>
 void run(Table& table, const StepTensors& in, Phase phase, const MaybeTensor& sums, const MaybeTensor& workspace,
          const Slots& slots = {}) {
-  using F = Frame<Rule>;
-  STD_TORCH_CHECK(in.shared.is_cuda(), Rule::kName, ": shared must be on the device of the parameters");
-  const int32_t device = in.shared.get_device_index();
-  F f{};
-  fill_frame(f, table, in, Rule::kName);
-  f.slots = slots;
-  check_devices<Rule>(in, sums, device);
-  std::vector<Rate> rates(size_t(table.n_groups));
-  const auto hyper = read_hyper<Rule>(table, in, Rule::kName, [&](size_t group, const Tensor& rate) {
-    check_device(rate, device, Rule::kName, "a learning rate tensor");
-    const bool is_double = rate.scalar_type() == ScalarType::Double;
-    STD_TORCH_CHECK(is_double || rate.scalar_type() == ScalarType::Float, Rule::kName,
-                    ": a learning rate must be float32 or float64");
-    STD_TORCH_CHECK(rate.numel() == 1, Rule::kName, ": a learning rate must be one number, has ", rate.numel());
-    rates[group] = {rate.const_data_ptr(), is_double};
-  });
-  if (phase != Phase::whole) {
+  Call<Rule> call(table, in, slots);
+  check_devices<Rule>(in, sums, call.device);
+  if (phase == Phase::reduce || phase == Phase::update) {
     STD_TORCH_CHECK(sums.has_value(), Rule::kName, ": a split step needs sums");
-    check_vector(*sums, ScalarType::Double, (int64_t(table.n_scopes) + 1) * F::N, Rule::kName, "sums");
-    f.sums = static_cast<double*>(sums->mutable_data_ptr());
+    check_vector(*sums, ScalarType::Double, (int64_t(table.n_scopes) + 1) * Frame<Rule>::N, Rule::kName, "sums");
+    call.frame.sums = static_cast<double*>(sums->mutable_data_ptr());
   }
-
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  const cudaStream_t stream = current_stream(device);
-  int multiprocessors = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  const int64_t max_blocks = multiprocessors * kBlocksPerMultiprocessor;
+  const torch::stable::accelerator::DeviceGuard guard(call.device);
+  const cudaStream_t stream = current_stream(call.device);
+  const int64_t max_blocks = most_blocks(call.device);
   MaybeTensor own;
-  char* at = place<Rule>(table, workspace, own, device, max_blocks, stream);
-  Runner<Rule>::run(f, table, at, hyper, rates, phase, max_blocks, stream);
+  char* at = place<Rule>(table, workspace, own, call.device, max_blocks, stream);
+  Runner<Rule>::run(call.frame, table, at, call.hyper, call.rates, phase, max_blocks, stream);
 }
 
 // A table for one call. table_of has held every list to its parameters' devices.

@@ -82,6 +82,7 @@ struct Work {
   const Slots& slots;
   double pre;
   bool long_list;  // longer than a cache
+  int64_t piece;
 };
 
 constexpr int64_t kLongList = 64;  // pieces
@@ -279,16 +280,13 @@ struct Body {
         Rule::reduce(e, known, Lane{a, l});
       }
     }
-    for (int s = 0; s < N; ++s) {
-      for (int width = kLanes / 2; width; width /= 2)
-        for (int l = 0; l < width; ++l) a[s][l] += a[s][l + width];
-      out[s] = a[s][0];
-    }
+    fold(a, out);
   }
 
   // Loads, computes and stores every element of a piece.
   template <Pass P, class Noise, class Compute>
-  static TORSION_INLINE void sweep(const Work& work, typename Round::Block& round, Noise& noise, Compute compute) {
+  static TORSION_INLINE void sweep(const Work& work, typename Round::Block& round, Noise& noise, Compute compute,
+                                   double (*lanes)[kLanes] = nullptr) {
     const Streams own(work.row, work.slots), next(work.next, work.slots);
     void* const* const at = own.at;
     const int64_t begin = work.begin, end = work.end;
@@ -297,13 +295,35 @@ struct Body {
     auto span = [&]<bool Staged>(int64_t x, int64_t y) __attribute__((always_inline)) {
       round.fill(x);
       noise.fill(x, y);
+      if constexpr (P == kUpdate && sums_in_update<Rule>) {
+        // Lane by lane, as in a reduce.
+        int64_t i = x;
+        for (; i + kLanes <= y; i += kLanes) {
 #pragma GCC ivdep
-      for (int64_t i = x; i < y; ++i) {
-        E e{};
-        load<P>(e, at, i, pre);
-        noise.give(e, i - x);
-        compute(e);
-        store<P, Staged>(e, at, i, round, i - x, stage.bytes);
+          for (int l = 0; l < kLanes; ++l) {
+            E e{};
+            load<P>(e, at, i + l, pre);
+            compute(e);
+            Rule::after(e, Lane{lanes, l});
+            store<P, Staged>(e, at, i + l, round, i + l - x, stage.bytes);
+          }
+        }
+        for (int l = 0; i < y; ++i, ++l) {
+          E e{};
+          load<P>(e, at, i, pre);
+          compute(e);
+          Rule::after(e, Lane{lanes, l});
+          store<P, Staged>(e, at, i, round, i - x, stage.bytes);
+        }
+      } else {
+#pragma GCC ivdep
+        for (int64_t i = x; i < y; ++i) {
+          E e{};
+          load<P>(e, at, i, pre);
+          noise.give(e, i - x);
+          compute(e);
+          store<P, Staged>(e, at, i, round, i - x, stage.bytes);
+        }
       }
       if constexpr (Staged) stage.flush(at, x);
     };
@@ -335,7 +355,20 @@ struct Body {
     const C c = cast_numbers<C, typename Rule::template Coefficients<double>, M>(wide);
     auto round = Round::block(work.row, uint64_t(f.hyper[work.row.group].seed), uint32_t(f.steps[work.row.tensor]));
     std::conditional_t<Rule::kDemp, SpanNoise<M, Round::kSpan>, NoNoise> noise(work.row, f);
-    sweep<kUpdate>(work, round, noise, [&](E& e) __attribute__((always_inline)) { Rule::update(e, c); });
+    constexpr int A = n_update_sums<Rule>;
+    double lanes[A ? A : 1][kLanes] = {};
+    sweep<kUpdate>(work, round, noise, [&](E& e) __attribute__((always_inline)) { Rule::update(e, c); }, lanes);
+    if constexpr (A > 0) fold(lanes, f.after + (work.piece * A));
+  }
+
+  // Adds up the lanes of each sum.
+  template <int K>
+  static TORSION_INLINE void fold(double (&a)[K][kLanes], double* out) {
+    for (int s = 0; s < K; ++s) {
+      for (int width = kLanes / 2; width; width /= 2)
+        for (int l = 0; l < width; ++l) a[s][l] += a[s][l + width];
+      out[s] = a[s][0];
+    }
   }
 
   static TORSION_INLINE void restore(const Work& work) {
@@ -457,11 +490,14 @@ struct Runner {
                   int64_t(next.chunk) * kChunk,
                   f.slots,
                   f.pre(row, inverse_scale),
-                  n_pieces >= kLongList};
+                  n_pieces >= kLongList,
+                  k};
     };
     auto team = [&](int rank, int size) {
       const int64_t a = n_pieces * rank / size, z = n_pieces * (rank + 1) / size;
-      if (phase != Phase::update) {
+      if (phase == Phase::closing) {
+        if (rank == 0 && f.status->skip == kGo) add_up(f);
+      } else if (phase != Phase::update) {
         for (int64_t k = a; k < z; ++k) {
           const Work work = work_of(k);
           piece_functions<Rule>(work.row.kind).reduce(work, f, f.partial + k * N);

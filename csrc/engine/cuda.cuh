@@ -324,6 +324,44 @@ __global__ void __launch_bounds__(Threads, kResident<Rule, T, Round>)
   }
 }
 
+// An update that adds up what the rule after it needs; the last block does that one's scalars.
+template <class Rule, class T, int Threads>
+__global__ void __launch_bounds__(Threads, kResident<Rule, T, Nearest>)
+    update_and_sum_kernel(const __grid_constant__ Launch<Rule> launch,
+                          const __grid_constant__ Launch<typename Rule::After> next,
+                          const __grid_constant__ Numbers<typename Rule::After::Hyper> numbers) {
+  using B = Body<Rule, T>;
+  using M = typename T::Math;
+  constexpr int A = n_update_sums<Rule>;
+  __shared__ Scratch<A, Threads> scratch;
+  Frame<Rule> f = launch.frame;
+  f.hyper = launch.hyper;
+  const int64_t skip = f.status->skip;
+  const double inverse_scale = f.scale();
+  for (int64_t p = launch.pieces - 1 - int64_t(blockIdx.x); p >= 0 && skip != kSkippedBefore; p -= gridDim.x) {
+    const Piece piece = f.pieces[launch.first + p];
+    const Row& row = f.rows[piece.row];
+    const typename B::Span span(row, f.slots, piece.chunk, row.aligned);
+    const Nearest round(0, 0, 0);
+    const NoNoise noise(row, f);
+    if (skip != kGo) {
+      B::template sweep<kRestore, Threads>(span, 0, M(1), round, noise, [](auto& e) { Rule::restore(e); });
+      continue;
+    }
+    const typename Frame<Rule>::Coefficients wide = f.coefficients[piece.row];
+    const auto c = cast_numbers<typename B::C, typename Frame<Rule>::Coefficients, M>(wide);
+    double sums[A] = {};
+    B::template sweep<kUpdate, Threads>(span, 0, M(f.pre(row, inverse_scale)), round, noise, [&](auto& e) {
+      Rule::update(e, c);
+      Rule::after(e, Accumulator{sums});
+    });
+    sum_block<Threads>(sums, scratch, [&](int k, double sum) { next.frame.partial[(launch.first + p) * A + k] = sum; });
+  }
+  if (next.finish == Finish::nothing) return;
+  take_ticket(next.ticket, scratch.last);
+  if (scratch.last) finish<typename Rule::After, Threads>(next, numbers, scratch);
+}
+
 // More groups than parameters hold: their numbers go ahead, one launch for every Numbers<Hyper>::kGroups of them.
 template <class Hyper, int Threads>
 __global__ void __launch_bounds__(Threads)

@@ -30,6 +30,7 @@ struct Frame {
   const float* grad_scale;     // null: 1
   const float* found_inf;      // null: 0
   double max_norm;             // infinity: no clipping
+  double* after;               // [pieces][sums of the rule After], which update fills
   const NoiseMap* noise;       // of DemP: the table's
   const double* perturbation;  // of DemP: lambda, sigma and the step that the noise belongs to
   uint64_t noise_seed;

@@ -3,6 +3,7 @@
 // A step is one reduce and one update launch for each kind (storage type) in the table, whatever the number of tensors;
 // a table that changed costs one copy and one launch more. Everything goes to the caller's stream, nothing waits.
 #pragma once
+#include <array>
 #include <bit>
 
 #include "engine/cuda.cuh"
@@ -99,31 +100,83 @@ struct Runner {
   static void run(const F& frame, const Table& t, char* workspace, const std::vector<Hyper>& hyper,
                   const std::vector<Rate>& rates, Phase phase, int64_t max_blocks, cudaStream_t stream) {
     Launch<Rule> l = bind(frame, t, workspace);
+    if (phase == Phase::closing) return update(l, t, max_blocks, stream);
     const Numbers<Hyper> numbers = pass_numbers(hyper, rates, l.hyper, stream);
     const Finish last = phase == Phase::whole ? Finish::step : phase == Phase::reduce ? Finish::sums : Finish::scalars;
+    sum(l, numbers, t, last, phase != Phase::update, max_blocks, stream);
+    if (phase != Phase::reduce) update(l, t, max_blocks, stream);
+  }
+
+  // A whole step whose update sums for the rule after it, over the table `next`, and does its scalars.
+  template <class After>
+  static void run_before(const F& frame, const Table& t, char* workspace, const std::vector<Hyper>& hyper,
+                         const std::vector<Rate>& rates, const Frame<After>& next_frame, const Table& next,
+                         char* next_workspace, const std::vector<typename After::Hyper>& next_hyper, int64_t max_blocks,
+                         cudaStream_t stream) {
+    using Next = Runner<After, Threads>;
+    Launch<Rule> l = bind(frame, t, workspace);
+    Launch<After> n = Next::bind(next_frame, next, next_workspace);
+    const Numbers<Hyper> numbers = pass_numbers(hyper, rates, l.hyper, stream);
+    const auto next_numbers = Next::pass_numbers(next_hyper, std::vector<Rate>(next_hyper.size()), n.hyper, stream);
+    sum(l, numbers, t, Finish::step, true, max_blocks, stream);
+    int remaining = 0;
+    for (int kind = 0; kind < kKinds; ++kind) remaining += t.kind_first[kind] != t.kind_first[kind + 1];
+    for (int kind = kKinds - 1; kind >= 0; --kind) {
+      if (!take_kind(l, t, kind)) continue;
+      n.finish = --remaining ? Finish::nothing : Finish::step;
+      launch<Threads>(kUpdate[kind], blocks_for(l.pieces, max_blocks), stream, l, n, next_numbers);
+    }
+  }
+
+  static Numbers<Hyper> pass_numbers(const std::vector<Hyper>& hyper, const std::vector<Rate>& rates, Hyper* device,
+                                     cudaStream_t stream) {
+    constexpr size_t most = Numbers<Hyper>::kGroups;
+    if (hyper.size() <= most) return pack(hyper, rates, 0, hyper.size());
+    for (size_t first = 0; first < hyper.size(); first += most)
+      launch<Threads>(resolve_kernel<Hyper, Threads>, 1, stream,
+                      pack(hyper, rates, first, std::min(most, hyper.size() - first)), device);
+    return {};
+  }
+
+ private:
+  // What the last of the launches has to do is `last`.
+  static void sum(const Launch<Rule>& l, const Numbers<Hyper>& numbers, const Table& t, Finish last, bool reduces,
+                  int64_t max_blocks, cudaStream_t stream) {
     const int last_kind = last_kind_of(t);
     Launch<Summed> sums = for_summing(l);
-    const bool reduces = phase != Phase::update && last_kind >= 0 && summed_streams<Rule>().count > 0;
-    if (reduces) {
+    if (reduces && last_kind >= 0 && summed_streams<Rule>().count > 0) {
       reduce(sums, numbers, t, last_kind, last, max_blocks, stream);
     } else {
       sums.finish = last;
       launch<Threads>(finalize_kernel<Summed, Threads>, 1, stream, sums, numbers);
     }
-    if (phase == Phase::reduce) return;
-    for (int kind = last_kind; kind >= 0; --kind)
-      if (take_kind(l, t, kind)) launch<Threads>(kUpdate[kind], blocks_for(l.pieces, max_blocks), stream, l);
   }
 
- private:
+  static void update(Launch<Rule>& l, const Table& t, int64_t max_blocks, cudaStream_t stream) {
+    if constexpr (!sums_in_update<Rule>)
+      for (int kind = last_kind_of(t); kind >= 0; --kind)
+        if (take_kind(l, t, kind)) launch<Threads>(kUpdate[kind], blocks_for(l.pieces, max_blocks), stream, l);
+  }
+
   using Random = std::conditional_t<Rule::kRounds, Stochastic, Nearest>;
   static constexpr Kernel kReduce[kKinds] = {reduce_kernel<Summed, F32, Threads>,  reduce_kernel<Summed, F64, Threads>,
                                              reduce_kernel<Summed, BF16, Threads>, reduce_kernel<Summed, F16, Threads>,
                                              reduce_kernel<Summed, BF16, Threads>, reduce_kernel<Summed, F16, Threads>};
-  static constexpr UpdateKernel kUpdate[kKinds] = {
-      update_kernel<Rule, F32, Nearest, Threads>,  update_kernel<Rule, F64, Nearest, Threads>,
-      update_kernel<Rule, BF16, Nearest, Threads>, update_kernel<Rule, F16, Nearest, Threads>,
-      update_kernel<Rule, BF16, Random, Threads>,  update_kernel<Rule, F16, Random, Threads>};
+  static constexpr auto update_kernels() {
+    if constexpr (sums_in_update<Rule>) {
+      using Kernel = void (*)(Launch<Rule>, Launch<typename Rule::After>, Numbers<typename Rule::After::Hyper>);
+      return std::array<Kernel, kKinds>{
+          update_and_sum_kernel<Rule, F32, Threads>,  update_and_sum_kernel<Rule, F64, Threads>,
+          update_and_sum_kernel<Rule, BF16, Threads>, update_and_sum_kernel<Rule, F16, Threads>,
+          update_and_sum_kernel<Rule, BF16, Threads>, update_and_sum_kernel<Rule, F16, Threads>};
+    } else {
+      return std::array<UpdateKernel, kKinds>{
+          update_kernel<Rule, F32, Nearest, Threads>,  update_kernel<Rule, F64, Nearest, Threads>,
+          update_kernel<Rule, BF16, Nearest, Threads>, update_kernel<Rule, F16, Nearest, Threads>,
+          update_kernel<Rule, BF16, Random, Threads>,  update_kernel<Rule, F16, Random, Threads>};
+    }
+  }
+  static constexpr auto kUpdate = update_kernels();
 
   // `last` is what the last of the launches has to do.
   static void reduce(Launch<Summed>& l, const Numbers<Hyper>& numbers, const Table& t, int last_kind, Finish last,
@@ -179,16 +232,6 @@ struct Runner {
       n.rate_is_double |= uint32_t(rates[first + g].is_double) << g;
     }
     return n;
-  }
-
-  static Numbers<Hyper> pass_numbers(const std::vector<Hyper>& hyper, const std::vector<Rate>& rates, Hyper* device,
-                                     cudaStream_t stream) {
-    constexpr size_t most = Numbers<Hyper>::kGroups;
-    if (hyper.size() <= most) return pack(hyper, rates, 0, hyper.size());
-    for (size_t first = 0; first < hyper.size(); first += most)
-      launch<Threads>(resolve_kernel<Hyper, Threads>, 1, stream,
-                      pack(hyper, rates, first, std::min(most, hyper.size() - first)), device);
-    return {};
   }
 };
 

@@ -17,8 +17,9 @@ constexpr int kMaxStreams = 8;
 // Storage of parameter and gradient; state is float, or double with f64. Stochastic kinds round the parameter at random.
 enum Kind : int32_t { kF32, kF64, kBF16, kF16, kBF16Stochastic, kF16Stochastic, kKinds };
 
-// A step in one go, or split where other processes must add their sums in between.
-enum class Phase : int64_t { whole, reduce, update };
+// A step in one go, or split where other processes must add their sums in between; `closing`: the pass before has left the
+// sums of its pieces, with CUDA also the scalars.
+enum class Phase : int64_t { whole, reduce, update, closing };
 
 struct Row {
   void* at[kMaxStreams];  // Slots says which stream of a rule each one is

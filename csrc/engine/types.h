@@ -102,6 +102,28 @@ constexpr int stream_count() {
 template <class Rule>
 inline constexpr int n_streams = stream_count<Rule>();
 
+// The rule whose sums an update adds up, or void.
+template <class Rule>
+struct AfterOf {
+  using type = void;
+};
+template <class Rule>
+  requires requires { typename Rule::After; }
+struct AfterOf<Rule> {
+  using type = typename Rule::After;
+};
+template <class Rule>
+inline constexpr bool sums_in_update = !std::is_void_v<typename AfterOf<Rule>::type>;
+template <class Rule>
+constexpr int count_of_update_sums() {
+  if constexpr (sums_in_update<Rule>)
+    return Rule::After::n_sums;
+  else
+    return 0;
+}
+template <class Rule>
+inline constexpr int n_update_sums = count_of_update_sums<Rule>();
+
 // Hyper, Shared and Coefficients hold numbers of one type only, so that Python and both runners see plain arrays.
 template <class T, class R = double>
 inline constexpr int n_numbers = int(sizeof(T) / sizeof(R));

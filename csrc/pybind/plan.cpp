@@ -76,14 +76,16 @@ int64_t workspace_bytes(const Table& table) {
 int64_t most_workspace_bytes(const Table& table) {
   int64_t most = 0;
   CycleRules::each([&]<class Rule>() { most = std::max(most, workspace_bytes<Rule>(table)); });
+  ClosingRules::each([&]<class Rule>() { most = std::max(most, workspace_bytes<Rule>(table)); });
   return most;
 }
 
-// Name of each of a cycle's rules -> its number and sizes.
-py::dict cycle_rules() {
+// Name of each rule of a list -> its number there and sizes.
+template <class List>
+py::dict describe_all() {
   py::dict rules;
   int64_t number = 0;
-  CycleRules::each([&]<class Rule>() {
+  List::each([&]<class Rule>() {
     py::dict d = describe<Rule>();
     d["number"] = number++;
     rules[py::str(Rule::label())] = d;
@@ -174,6 +176,7 @@ PYBIND11_MODULE(_plan, m) {
     d[AdaTam::kName] = describe<AdaTam>();
     return d;
   });
-  m.def("cycle_rules", &cycle_rules);
+  m.def("cycle_rules", &describe_all<CycleRules>);
+  m.def("closing_rules", &describe_all<ClosingRules>);
   m.def("build_facts", &build_facts);
 }

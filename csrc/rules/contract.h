@@ -14,7 +14,8 @@
 //   coefficients(shared, hyper, site)   pure; once per tensor and step
 //   update(e, c)          the new values
 //
-// What a rule need not say is in Defaults. Summed may name a rule with the same Sums, Known and reduce(), whose kernels a
+// What a rule need not say is in Defaults. After may name a rule that follows: after(e, s) then adds an element's contribution
+// to its sums in update, and that rule's own reduce falls away. Summed may name a rule with the same Sums, Known and reduce(), whose kernels a
 // runner then takes.
 //
 // g++ and nvcc compile the same text, so what the tests run on a CPU is what a GPU computes.
@@ -59,11 +60,11 @@ struct Common {
 
 // What a coefficient may depend on besides hyper-parameters and scope.
 struct Site {
-  double step;        // the tensor's own steps, this one included
-  double clip;        // factor of the raw gradient, min(1, max_norm / (norm + 1e-6))
-  bool first;         // the tensor's first step, of a rule that clones
-  bool scaled;        // the row's flag
-  const double* all;  // sums over every tensor of the step
+  double step;                  // the tensor's own steps, this one included
+  double clip;                  // factor of the raw gradient, min(1, max_norm / (norm + 1e-6))
+  bool first;                   // the tensor's first step, of a rule that clones
+  bool scaled;                  // the row's flag
+  const double* all;            // sums over every tensor of the step
   double lasso = 0, sigma = 0;  // of DemP: weight of the row's sign, standard deviation of its noise
 };
 

@@ -41,4 +41,8 @@ using CycleRules =
     Join<AscentRules,
          Join<Join<RulesOf<Sgd<false>>, RulesOf<Sgd<true>>>, Join<RulesOf<Adam>, Join<RulesOf<Tam>, RulesOf<AdaTam>>>>>;
 
+// Rules whose update sums for the rule after them, by base; they have an op of their own.
+using ClosingRules =
+    RuleList<LastDescent<Sgd<false>>, LastDescent<Sgd<true>>, LastDescent<Adam>, LastDescent<Tam>, LastDescent<AdaTam>>;
+
 }  // namespace torsion

@@ -12,13 +12,14 @@
 //   DescentAscent    descent i and ascent i + 1 with one gradient
 //   Descent          a descent alone
 //   DescentBlend     the last descent and the interpolation with a fixed alpha
-//   Blend            the interpolation alone, alpha from the displacements
+//   LastDescent      the last descent; its update sums what the angle between the displacements needs
+//   Blend            the interpolation alone, alpha from these sums or fixed
 //
 // q lives in the parameter, for half precision in float32 beside it (the parameter is then its rounded shadow). A
 // gradient that is not finite skips the pass and gives the parameters the slow weights: restore().
 //
 // fp32 bytes per element with base SGD + momentum: Ascent 4 + 12 (16 keeping s), DescentAscent 4 + 28, DescentBlend
-// 4 + 24, Descent 4 + 20, Blend 12 + 12.
+// 4 + 24, Descent 4 + 20, LastDescent 4 + 28, Blend 12, and 12 more where it sums by itself.
 #pragma once
 #include <string>
 
@@ -131,14 +132,14 @@ struct Ascent : Defaults, Climb<Asam> {
 };
 
 // A base's parameter becomes the fast weights: read from one array, written to another or the same, or not at all.
-template <bool Stored, class F>
+template <unsigned Stores, class F>
 struct OnFast {
   F& f;
   template <class Of, class X>
   TORSION_HD constexpr void operator()(Of of, X& x) const {
     if constexpr (Of::role == Role::param) {
       f(Stream<Role::state, kUpdate, 0>{}, x);
-      if constexpr (Stored) f(Stream<Role::state, 0, kUpdate>{}, x);
+      if constexpr (Stores != 0) f(Stream<Role::state, 0, Stores>{}, x);
     } else {
       f(of, x);
     }
@@ -201,7 +202,7 @@ struct DescentAscent : OfBase<Base, Asam> {
   };
   template <class E, class F>
   TORSION_HD constexpr static void streams(E& e, F&& f) {
-    Base::streams(e, OnFast<true, F>{f});
+    Base::streams(e, OnFast<kUpdate, F>{f});
     f(kPerturbed<kUpdate | (Asam ? kReduce : 0u), kUpdate | kRestore>, e.perturbed);
     f(kShadow<kUpdate | kRestore>, e.perturbed);
     f(kKept, e.slow);
@@ -229,7 +230,7 @@ struct Descent : OfBase<Base> {
   };
   template <class E, class F>
   TORSION_HD constexpr static void streams(E& e, F&& f) {
-    Base::streams(e, OnFast<true, F>{f});
+    Base::streams(e, OnFast<kUpdate, F>{f});
     f(kPerturbed<0, kRestore>, e.perturbed);
     f(kShadow<kRestore>, e.perturbed);
     f(kKept, e.slow);
@@ -263,7 +264,7 @@ struct DescentBlend : OfBase<Base> {
   };
   template <class E, class F>
   TORSION_HD constexpr static void streams(E& e, F&& f) {
-    Base::streams(e, OnFast<false, F>{f});
+    Base::streams(e, OnFast<0, F>{f});
     f(Stream<Role::state, kUpdate | kRestore, 0>{}, e.slow);
     f(Stream<Role::param, 0, kUpdate | kRestore>{}, e.slow);
   }
@@ -308,12 +309,14 @@ struct Blend : Defaults {
 
   template <class E, class N, class S>
   TORSION_HD static void reduce(const E& e, const N&, S s) {
-    if constexpr (Adaptive) {
-      const double a = double(e.first) - double(e.slow), b = double(e.fast) - double(e.slow);
-      s[product] += a * b;
-      s[first2] += a * a;
-      s[fast2] += b * b;
-    }
+    if constexpr (Adaptive) add(e.first, e.fast, e.slow, s);
+  }
+  template <class S>
+  TORSION_HD static void add(double first, double fast, double slow, S s) {
+    const double a = first - slow, b = fast - slow;
+    s[product] += a * b;
+    s[first2] += a * a;
+    s[fast2] += b * b;
   }
   TORSION_HD static void advance(Shared& shared, Totals totals, const Hyper& h) {
     const double norms = std::sqrt(totals.scope[first2]) * std::sqrt(totals.scope[fast2]);
@@ -331,6 +334,39 @@ struct Blend : Defaults {
   }
   template <class E>
   TORSION_HD static void restore(E&) {}
+};
+
+// Streams: source, target, grad, the base's states, param, slow, first (f_1). The target are the perturbed weights, which
+// have had their last gradient.
+template <class Base>
+struct LastDescent : OfBase<Base> {
+  static std::string label() { return std::string("last_descent/") + Base::kName; }
+  static constexpr bool kRounds = false;
+  using Summed = Descent<Base>;
+  using After = Blend<true>;
+  template <class R>
+  struct Element : Base::template Element<R> {
+    R slow, first;
+  };
+  template <class E, class F>
+  TORSION_HD constexpr static void streams(E& e, F&& f) {
+    Base::streams(e, OnFast<kUpdate | kRestore, F>{f});
+    f(kShadow<kRestore>, e.param);
+    f(Stream<Role::state, kUpdate | kRestore, 0>{}, e.slow);
+    f(Stream<Role::state, kUpdate, 0>{}, e.first);
+  }
+  template <class E, class C>
+  TORSION_HD static void update(E& e, const C& c) {
+    Base::update(e, c.base);
+  }
+  template <class E, class S>
+  TORSION_HD static void after(const E& e, S s) {
+    After::add(e.first, e.param, e.slow, s);
+  }
+  template <class E>
+  TORSION_HD static void restore(E& e) {
+    e.param = e.slow;
+  }
 };
 
 }  // namespace torsion

@@ -78,6 +78,52 @@ void scopes_groups_kinds() {
     });
 }
 
+// The last descent and the blend in three launches: as the runner of the CPU does them, and as the two passes apart do.
+// Their sums are of numbers that were rounded, so that the last bits of an alpha depend on their order.
+template <class Base>
+void closes(const Setup& setup, bool spoiled) {
+  CycleWorld cpu(setup), device(setup), apart(setup);
+  for (CycleWorld* w : {&cpu, &device, &apart}) {
+    w->new_numbers(1);
+    if (spoiled) put(w->table.rows[0].at[kGradSlot], w->table.rows[0].kind, kGradSlot, 0, NAN);
+  }
+  cpu.close_on_cpu<LastDescent<Base>>();
+  const int64_t before = host::counts.launches;
+  device.close_on_device<LastDescent<Base>>(3);
+  const int64_t uploads = 2;  // the images of two new tables
+  const bool one_kind = setup.tensors.size() == sizes(kF32).size();
+  REQUIRE(!one_kind || host::counts.launches - before - uploads == 3);
+  apart.on_cpu<Descent<Base>>({.source = kFastSlot, .target = kPerturbedSlot});
+  apart.on_cpu<Blend<true>>({.source = kPerturbedSlot, .first = kFirstSlot});
+  const std::string where = cpu.drifts(device);
+  REQUIRE(where.empty(), std::string(Base::kName) + ": " + where);
+  REQUIRE(cpu.status.skip == device.status.skip && cpu.status.skipped == device.status.skipped);
+  REQUIRE(device.ticket() == 0 && cpu.status.skipped == spoiled);
+  for (size_t t = 0; t < cpu.alphas.size() && !spoiled; ++t)
+    REQUIRE(std::abs(cpu.alphas[t] - device.alphas[t]) <= 1e-15 * 4);
+  for (int slot : {kStateSlot, kSecondStateSlot}) REQUIRE(cpu.same(apart, slot));
+  if (spoiled) REQUIRE(cpu.drifts(apart).empty());
+}
+
+void closing() {
+  for (bool spoiled : {false, true}) {
+    for (int32_t kind = 0; kind < kKinds; ++kind) {
+      std::vector<Spec> tensors = sizes(kind, 20001);
+      std::swap(tensors[0], tensors[3]);  // the first has a gradient to spoil
+      const Setup s = scaled({.tensors = tensors});
+      closes<Sgd<true>>(s, spoiled);
+      closes<AdaTam>(s, spoiled);
+#ifdef TORSION_EVERY_BASE
+      closes<Sgd<false>>(s, spoiled);
+      closes<Adam>(s, spoiled);
+      closes<Tam>(s, spoiled);
+#endif
+    }
+    Setup several = scaled({.tensors = {{333}, {.n = 20001, .kind = kBF16}, {.n = 7, .kind = kF64}}});
+    closes<Sgd<true>>(several, spoiled);
+  }
+}
+
 void fixed_blend() {
   for (double alpha : {0., .375, .5, 1.}) {
     Compared runs(mixed(), 3);
@@ -285,6 +331,7 @@ const Checks kChecks = {
     {"scopes_groups_kinds", scopes_groups_kinds},
     {"fixed_blend", fixed_blend},
     {"clip", clip},
+    {"closing", closing},
     {"stochastic_rounding", stochastic_rounding},
     {"many_groups", many_groups},
     {"nothing_to_do", nothing_to_do},

@@ -45,6 +45,10 @@ template <class Base>
 std::vector<int> streams_of(DescentBlend<Base>*, Route r) {
   return joined({r.source, kGradSlot}, states_of<Base>(), {kSlowSlot, kParamSlot});
 }
+template <class Base>
+std::vector<int> streams_of(LastDescent<Base>*, Route r) {
+  return joined({r.source, r.target, kGradSlot}, states_of<Base>(), {kParamSlot, kSlowSlot, r.first});
+}
 template <bool Adaptive>
 std::vector<int> streams_of(Blend<Adaptive>*, Route r) {
   return {r.source, kSlowSlot, r.first, kParamSlot};
@@ -75,6 +79,7 @@ struct CycleWorld {
   std::vector<float> steps;
   Status status{};
   double alpha = .375;
+  std::vector<double> alphas;
   float found_inf;
   std::vector<double> sums;
   std::list<std::vector<uint4>> workspaces;          // the last one is in use; those before belong to captures
@@ -189,12 +194,69 @@ struct CycleWorld {
     in_phases<Rule>(f, split, [&](Phase phase) { Runner::run(f, table, at, numbers, rates, phase, grid, nullptr); });
   }
 
+  // The last descent and the blend after it, with an alpha for each tensor.
+  template <class Rule>
+  Table table_of_alphas() {
+    Table next = table;
+    for (Row& row : next.rows) row.scope = row.tensor;
+    next.n_scopes = int32_t(next.rows.size());
+    next.arrange();
+    alphas.assign(next.rows.size(), -1.);
+    return next;
+  }
+  template <class Rule>
+  Frame<typename Rule::After> frame_after() {
+    auto f = frame<typename Rule::After>({.source = kPerturbedSlot, .first = kFirstSlot}, false);
+    f.shared = alphas.data();
+    f.shared_is_double = true;
+    f.found_inf = nullptr;
+    return f;
+  }
+  static constexpr Route kLast{.source = kFastSlot, .target = kPerturbedSlot, .first = kFirstSlot};
+
+  template <class Rule>
+  void close_on_cpu() {
+    using After = typename Rule::After;
+    Table next = table_of_alphas<Rule>();
+    auto f = frame<Rule>(kLast, false);
+    auto g = frame_after<Rule>();
+    const auto numbers = hyper<typename Rule::Hyper>();
+    const auto next_numbers = hyper<typename After::Hyper>();
+    f.hyper = numbers.data();
+    g.hyper = next_numbers.data();
+    cpu::Runner<Rule>::bind(f, table);
+    cpu::Runner<After>::bind(g, next);
+    f.after = g.partial;
+    cpu::Runner<Rule>::run(f, int64_t(table.pieces.size()), 1, Phase::whole);
+    cpu::Runner<After>::run(g, int64_t(next.pieces.size()), 1, Phase::closing);
+  }
+
+  template <class Rule, int Threads = 1>
+  void close_on_device(int64_t grid) {
+    using After = typename Rule::After;
+    using Next = cuda::Runner<After, Threads>;
+    Table next = table_of_alphas<Rule>();
+    std::vector<uint4> memory(size_t(Next::layout(next).end) / 16, uint4{~0u, ~0u, ~0u, ~0u});
+    char* next_at = reinterpret_cast<char*>(memory.data());
+    Next::upload(next, next_at, false, grid, nullptr);
+    char* at = placed<Rule, Threads>(grid);
+    const auto numbers = hyper<typename Rule::Hyper>();
+    const auto next_numbers = hyper<typename After::Hyper>();
+    const std::vector<cuda::Rate> rates(numbers.size());
+    const auto g = frame_after<Rule>();
+    cuda::Runner<Rule, Threads>::run_before(frame<Rule>(kLast, false), table, at, numbers, rates, g, next, next_at,
+                                            next_numbers, grid, nullptr);
+    Next::run(g, next, next_at, next_numbers, rates, Phase::closing, grid, nullptr);
+  }
+
   // The table on the device, of a size for every rule; a capture of a changed table has one of its own.
   template <class Rule, int Threads>
   char* placed(int64_t grid) {
     if (workspaces.empty() || (table.dirty && host::graph)) {
       int64_t bytes = 0;
-      CycleRules::each([&]<class Any>() { bytes = std::max(bytes, cuda::Runner<Any, Threads>::layout(table).end); });
+      const auto grow = [&]<class Any>() { bytes = std::max(bytes, cuda::Runner<Any, Threads>::layout(table).end); };
+      CycleRules::each(grow);
+      ClosingRules::each(grow);
       workspaces.emplace_back(size_t(bytes) / 16, uint4{~0u, ~0u, ~0u, ~0u});
     }
     char* at = reinterpret_cast<char*>(workspaces.back().data());

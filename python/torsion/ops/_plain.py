@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,7 +17,7 @@ _written: dict[str, tuple[int, ...]] = {}
 
 
 def register(name: str, reference: Callable[..., None], written: tuple[int, ...]) -> None:
-    """Give the dispatcher what no compiled module registered: the reference, and counts of versions.
+    """Give the dispatcher what no compiled module registered: Triton or the reference, and counts of versions.
 
     Args:
         name: of an op in ``_native``'s schemas.
@@ -27,13 +28,16 @@ def register(name: str, reference: Callable[..., None], written: tuple[int, ...]
     op = getattr(torch.ops.torsion, name).default
     defaults = [a.default_value for a in op._schema.arguments]
 
-    def kernel(*args: Any) -> None:
-        with torch.no_grad():
-            reference(*args, *defaults[len(args) :])
+    def kernel(device: str) -> Callable[..., None]:
+        def run(*args: Any) -> None:
+            with torch.no_grad():
+                _function(name, _behind_op(name, device))(*args, *defaults[len(args) :])
+
+        return run
 
     if _native.C is None:
-        _library.impl(name, kernel, "CPU")
-    _library.impl(name, kernel, "CUDA")
+        _library.impl(name, kernel("cpu"), "CPU")
+    _library.impl(name, kernel("cuda"), "CUDA")
 
     def counting(keyset: Any, *args: Any) -> None:
         with torch._C._AutoDispatchBelowADInplaceOrView():
@@ -49,14 +53,29 @@ def run_(name: str, device: str, backend: str | None, *args: Any) -> None:
     Raises:
         ValueError: the back end is unknown, has no kernel for the op or cannot run here.
     """
-    kernels = _backends.KERNELS.get(name) or _backends.KERNELS[name.rstrip("_")]
-    chosen = _backends.choose(device, backend, kernels)[0]
+    chosen = _backends.choose(device, backend, _kernels(name))[0]
     with torch.no_grad():
-        if chosen != "reference":
+        if chosen not in ("triton", "reference"):
             getattr(torch.ops.torsion, name)(*args)
             return
-        _references[name](*args)
+        _function(name, chosen)(*args)
         torch.autograd.graph.increment_version(_tensors(args, _written[name]))
+
+
+def _kernels(name: str) -> tuple[str, ...]:
+    return _backends.KERNELS.get(name) or _backends.KERNELS[name.rstrip("_")]
+
+
+def _behind_op(name: str, device: str) -> str:
+    """The back end written in Python that ``torch.ops.torsion`` runs on; TORSION_BACKEND is for functions."""
+    triton = device == "cuda" and "triton" in _kernels(name) and not _backends.obstacle("triton", device)
+    return "triton" if triton else "reference"
+
+
+def _function(name: str, backend: str) -> Callable[..., None]:
+    if backend == "triton":
+        return getattr(importlib.import_module("torsion.triton_kernels.demp"), name)  # type: ignore[no-any-return]
+    return _references[name]
 
 
 def _tensors(args: tuple[Any, ...], positions: Iterable[int]) -> list[Tensor]:

@@ -46,7 +46,7 @@ def active_flags_(
         channel_dim: dim of y with the C channels; negative ones count from the end.
         criterion: see above.
         tau: threshold, not negative.
-        backend: "cpu" or "reference"; TORSION_BACKEND or the best for the device when None.
+        backend: "triton", "cpu" or "reference"; TORSION_BACKEND or the best for the device when None.
 
     Raises:
         ValueError: criterion, tau or channel_dim, or flags and count of another size or device.

@@ -54,7 +54,7 @@ def demp_update_(
         seed: in [0, 2^64).
         step: in [0, 2^32).
         tensor_ids: in [0, 2^32) each: the parameter's position in the uncut model.
-        backend: "cpu" or "reference"; TORSION_BACKEND or the best for the device when None.
+        backend: "triton", "cpu" or "reference"; TORSION_BACKEND or the best for the device when None.
 
     Raises:
         ValueError: lists that differ in length, a number out of range, an index tensor of the wrong size or outside

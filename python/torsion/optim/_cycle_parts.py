@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torsion.ops import _dispatch, _native
-from torsion.ops._cycle import RULES, SLOT, STATES, stream_names
+from torsion.ops._cycle import CLOSING, RULES, SLOT, STATES, stream_names
 from torsion.ops._frame import Phase
 from torsion.ops._rules import Rule
 from torsion.optim import _layout
@@ -108,9 +108,12 @@ class CyclePart:
         self.workspaces: dict[bool, Tensor | None] = {False: None, True: None}
         if self.backend not in ("cpu", "cuda"):
             return
-        self.tables[False] = self._table([m.scope for m in self.members], self.flat.shared.shape[0])
+        own, of_alpha = [m.scope for m in self.members], self._alpha_scopes()
+        self.tables[False] = self._table(own, self.flat.shared.shape[0])
         if self.blends:
-            self.tables[True] = self._table(self._alpha_scopes(), scopes)
+            self.tables[True] = self._table(of_alpha, scopes)
+        # A table puts the rows of a scope side by side.
+        self._in_order = own == sorted(own) and of_alpha == sorted(of_alpha)
         if self.backend == "cuda":
             for blend, table in self.tables.items():
                 size = table.workspace_bytes("lookbehind")
@@ -170,6 +173,23 @@ class CyclePart:
         """One pass over this part alone."""
         self._launch(call, 0, None)
 
+    @property
+    def closes(self) -> bool:
+        """Whether :meth:`close` can run: piece k of one table is then piece k of the other."""
+        return len(self.tables) == 2 and self._in_order
+
+    def close(self, last: Pass, blend: Pass) -> None:
+        """The last descent and the adaptive blend over this part alone, in a pass less than one by one."""
+        torch.autograd.graph.increment_version(self.params + self.states)
+        flat = self.flat
+        torch.ops.torsion.lookbehind_closing_planned_.default(
+            self.tables[False].address, CLOSING[last.rule]["number"], [SLOT[name] for name in last.streams], flat.shared,
+            flat.steps, flat.status, last.hyper, last.lrs, last.found_inf_on(self.alphas.device), last.max_grad_norm,
+            self.workspaces[False], self.tables[True].address, [SLOT[name] for name in blend.streams], self.alphas,
+            blend.hyper, self.workspaces[True],
+        )  # fmt: skip
+        self._write_back()
+
     def reduce(self, call: Pass) -> Tensor:
         """First half of a split pass: this part's sums, float64 ``[S + 1, N]``."""
         if not self.tables:
@@ -193,8 +213,11 @@ class CyclePart:
         else:
             _dispatch.run_phase_(self._phase(call), sums, self.backend)
         if phase != 1:
-            for m in self.copies:
-                m.write_back.copy_(m.param)  # type: ignore[union-attr]
+            self._write_back()
+
+    def _write_back(self) -> None:
+        for m in self.copies:
+            m.write_back.copy_(m.param)  # type: ignore[union-attr]
 
     def _launch_compiled(self, call: Pass, phase: int, sums: Tensor | None) -> None:
         blends, flat = _blends(call), self.flat

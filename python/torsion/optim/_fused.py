@@ -63,9 +63,13 @@ class FusedCycle(PassCycle):
             self._run(parts, self._call(f"descent_blend/{base}", {"source": source}, found_inf))
         elif last:
             # The perturbed weights have had their last gradient: their place takes the last fast ones.
-            route = {"source": source, "target": "perturbed"}
+            route = {"source": source, "target": "perturbed", "first": first}
+            blend = self._call("blend/adaptive", {"source": "perturbed", "first": first}, None)
+            if len(parts) == 1 and self._base._mesh is None and parts[0].closes:
+                parts[0].close(self._call(f"last_descent/{base}", route, found_inf), blend)
+                return
             self._run(parts, self._call(f"descent/{base}", route, found_inf))
-            self._run(parts, self._call("blend/adaptive", {"source": "perturbed", "first": first}, None))
+            self._run(parts, blend)
         else:
             rule = f"descent_ascent/{base}{self._suffix()}" if ascends else f"descent/{base}"
             route = {"source": source, "target": first if i == 1 else "fast"}
