@@ -53,6 +53,12 @@ STABLE_TORCH_LIBRARY(torsion, m) {
   m.def(
       "active_flags_(Tensor y, Tensor(a!) flags, Tensor(b!) count, int channel_dim=1, str criterion=\"ever_active\", "
       "float tau=0.0) -> ()");
+  // What masked layers do beside their products; [rows, columns] or [rows, columns, inner] (cpu/blocks.h).
+  m.def("gather_blocks(Tensor from_, Tensor? rows, Tensor? columns) -> Tensor");
+  m.def("scatter_blocks_(Tensor(a!) to, Tensor from_, Tensor? rows, Tensor? columns) -> ()");
+  m.def("index_kind(Tensor index, int end) -> int");
+  m.def("relu_bits_(Tensor(a!) z) -> Tensor");
+  m.def("keep_bits_(Tensor(a!) dz, Tensor bits) -> ()");
 }
 
 extern "C" PyMODINIT_FUNC PyInit__C(void) {

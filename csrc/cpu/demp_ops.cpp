@@ -1,5 +1,4 @@
 // philox_normal_, demp_update_ and active_flags_ on a CPU: arguments in, checks, pieces for the threads.
-#include <omp.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -7,6 +6,7 @@
 #include "engine/arguments.h"
 #include "engine/types.h"
 #include "flags.h"
+#include "share.h"
 
 namespace torsion::cpu {
 namespace {
@@ -14,13 +14,6 @@ namespace {
 using MaybeList = std::vector<MaybeTensor>;
 
 constexpr int64_t kPiece = 1 << 16;  // numbers a thread takes at a time
-
-template <class Work>
-void share(int64_t pieces, Work work) {
-  const int threads = int(std::max<int64_t>(1, std::min<int64_t>(pieces, torch::stable::get_num_threads())));
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t k = 0; k < pieces; ++k) work(k);
-}
 
 int32_t storage_of(const Tensor& t, const char* op, const char* name) {
   const ScalarType dtype = t.scalar_type();

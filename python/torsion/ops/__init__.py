@@ -6,11 +6,16 @@ from torsion.ops._rules import columns
 from torsion.ops.adatam import adatam_
 from torsion.ops.flags import active_flags_
 from torsion.ops.lookbehind import ascent_, blend_, descent_, descent_ascent_, descent_blend_
+from torsion.ops.masked import masked_linear
+from torsion.ops.masked_conv import masked_conv2d
 from torsion.ops.noise import demp_update_
+from torsion.ops.packing import pack_weight, residual_select_add_, unpack_grad_
 from torsion.ops.philox import philox_normal
+from torsion.ops.prefix import LivePrefix
 from torsion.ops.tam import tam_
 
 __all__ = [
+    "LivePrefix",
     "Phase",
     "Step",
     "active_flags_",
@@ -24,6 +29,11 @@ __all__ = [
     "descent_",
     "descent_ascent_",
     "descent_blend_",
+    "masked_conv2d",
+    "masked_linear",
+    "pack_weight",
     "philox_normal",
+    "residual_select_add_",
     "tam_",
+    "unpack_grad_",
 ]

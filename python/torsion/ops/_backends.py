@@ -18,6 +18,8 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "philox_normal": ("triton", "cpu", "reference"),
     "demp_update_": ("triton", "cpu", "reference"),
     "active_flags_": ("triton", "cpu", "reference"),
+    "masked_linear": ("cpu", "reference"),
+    "masked_conv2d": ("cpu", "reference"),
 }
 """Ops that are not written for every back end -> those they are written for, the best first."""
 

@@ -15,6 +15,7 @@ from torsion.reference.lookbehind import (
     phase_,
     phase_sums,
 )
+from torsion.reference.masked import layer_norm_live, masked_conv2d, masked_linear, rms_norm_live
 from torsion.reference.philox import philox, rounding_bits, stochastic_round
 from torsion.reference.tam import tam_, tam_sums
 
@@ -28,10 +29,14 @@ __all__ = [
     "descent_",
     "descent_ascent_",
     "descent_blend_",
+    "layer_norm_live",
+    "masked_conv2d",
+    "masked_linear",
     "phase_",
     "phase_sums",
     "philox",
     "philox_normal",
+    "rms_norm_live",
     "rounding_bits",
     "stochastic_round",
     "tam_",

@@ -343,7 +343,7 @@ CONTESTANTS = {
             "Lookbehind(SGD), k=5, adaptive",
             _lookbehind(_cycle_sgd, 5, alpha="adaptive"),
             _JUDGE_ADAPTIVE_CYCLE,
-            32 * 5 + 36,
+            32 * 5 + 32,
         ),
         Contestant(
             "Lookbehind(SGD), k=5, ASAM",

@@ -1,0 +1,206 @@
+#include "blocks.h"
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+
+#include "columns.h"
+#include "engine/isa.h"
+#include "engine/plan.h"
+#include "engine/types.h"
+
+namespace torsion::cpu {
+namespace {
+
+constexpr int64_t kLongRun = 64;  // columns; runs shorter than this are not worth a copy of their own
+
+// Columns that follow one another on both sides.
+struct Run {
+  int64_t from, to, n;
+};
+
+// In the order of `to`; from == -1: zeros. Empty where runs are too short to be worth it.
+std::vector<Run> runs_of(const int32_t* source, int64_t n) {
+  std::vector<Run> runs;
+  if (!source) {
+    runs.push_back({0, 0, n});
+    return runs;
+  }
+  for (int64_t c = 0; c < n; ++c) {
+    const int64_t s = source[c];
+    if (!runs.empty() &&
+        (s < 0 ? runs.back().from < 0 : runs.back().from >= 0 && s == runs.back().from + runs.back().n))
+      ++runs.back().n;
+    else
+      runs.push_back({s, c, 1});
+  }
+  return runs;
+}
+
+// Rows of `to` from rows of `from`: columns by `source`, whole rows by `row_of`, -1: zeros.
+template <class U, class RowOf>
+void move(const Blocks& from, const Blocks& to, const int32_t* source, RowOf row_of, int64_t begin, int64_t end) {
+  const std::vector<Run> runs = runs_of(source, to.columns);
+  std::optional<Columns<U>> columns;
+  if (source && from.inner == 1 && int64_t(runs.size()) * kLongRun > to.columns)
+    columns.emplace(source, from.columns, to.columns);
+  const int64_t inner = from.inner;
+  for (int64_t r = begin; r < end; ++r) {
+    U* const out = static_cast<U*>(to.data) + r * to.row_stride;
+    const int64_t s = row_of(r);
+    if (s < 0) {
+      std::fill_n(out, to.columns * inner, U(0));
+      continue;
+    }
+    const U* const in = static_cast<const U*>(from.data) + s * from.row_stride;
+    if (columns) {
+      (*columns)(in, out);
+      continue;
+    }
+    for (const Run& run : runs) {
+      if (run.from < 0)
+        std::fill_n(out + run.to * inner, run.n * inner, U(0));
+      else
+        memcpy(out + run.to * inner, in + run.from * inner, size_t(run.n * inner) * sizeof(U));
+    }
+  }
+}
+
+template <class Visit>
+void by_size(int size, Visit visit) {
+  if (size == 2)
+    visit(uint16_t{});
+  else if (size == 4)
+    visit(uint32_t{});
+  else
+    visit(uint64_t{});
+}
+
+template <class T>
+TORSION_INLINE void relu_and_bits(T* z, uint8_t* bits, int64_t begin, int64_t end) {
+  const T zero{};
+  int64_t i = begin;
+  constexpr int kBatch = 64;
+  for (; i + kBatch <= end; i += kBatch) {
+    alignas(64) uint8_t on[kBatch];
+#pragma GCC ivdep
+    for (int l = 0; l < kBatch; ++l) {
+      const T x = z[i + l];
+      const bool positive = !(widen(x) <= 0);
+      on[l] = positive;
+      z[i + l] = positive ? x : zero;
+    }
+    for (int b = 0; b < kBatch / 8; ++b) {
+      // The product moves the low bit of byte l to bit 56 + l.
+      uint64_t eight;
+      memcpy(&eight, on + 8 * b, 8);
+      bits[i / 8 + b] = uint8_t((eight * 0x0102040810204080u) >> 56);
+    }
+  }
+  for (; i < end; ++i) {
+    const bool positive = !(widen(z[i]) <= 0);
+    if (i % 8 == 0) bits[i / 8] = 0;
+    bits[i / 8] |= uint8_t(positive << (i % 8));
+    if (!positive) z[i] = zero;
+  }
+}
+
+template <class U>
+TORSION_INLINE void keep(U* dz, const uint8_t* bits, int64_t begin, int64_t end) {
+  int64_t i = begin;
+  constexpr int kBatch = 64;
+  for (; i + kBatch <= end; i += kBatch) {
+    alignas(64) uint8_t on[kBatch];
+    for (int b = 0; b < kBatch / 8; ++b) {
+      // Bit l of the byte to byte l, where it stands for any number but 0.
+      const uint64_t eight = (bits[i / 8 + b] * 0x0101010101010101u) & 0x8040201008040201u;
+      memcpy(on + 8 * b, &eight, 8);
+    }
+#pragma GCC ivdep
+    for (int l = 0; l < kBatch; ++l) dz[i + l] = on[l] ? dz[i + l] : U(0);
+  }
+  for (; i < end; ++i)
+    if (!((bits[i / 8] >> (i % 8)) & 1)) dz[i] = 0;
+}
+
+#define TORSION_BITS(level, attribute)                                                                      \
+  template <class T>                                                                                        \
+  attribute __attribute__((noinline)) void relu_##level(T* z, uint8_t* bits, int64_t a, int64_t e) {        \
+    relu_and_bits(z, bits, a, e);                                                                           \
+  }                                                                                                         \
+  template <class U>                                                                                        \
+  attribute __attribute__((noinline)) void keep_##level(U* dz, const uint8_t* bits, int64_t a, int64_t e) { \
+    keep(dz, bits, a, e);                                                                                   \
+  }
+TORSION_BITS(base, )
+#ifdef TORSION_X86_LEVELS
+TORSION_BITS(v3, TORSION_V3)
+TORSION_BITS(v4, TORSION_V4)
+#endif
+#undef TORSION_BITS
+
+template <class T>
+void relu_at_level(void* z, uint8_t* bits, int64_t begin, int64_t end) {
+#ifdef TORSION_X86_LEVELS
+  if (isa_level() == 2) return relu_v4(static_cast<T*>(z), bits, begin, end);
+  if (isa_level() == 1) return relu_v3(static_cast<T*>(z), bits, begin, end);
+#endif
+  relu_base(static_cast<T*>(z), bits, begin, end);
+}
+
+template <class U>
+void keep_at_level(void* dz, const uint8_t* bits, int64_t begin, int64_t end) {
+#ifdef TORSION_X86_LEVELS
+  if (isa_level() == 2) return keep_v4(static_cast<U*>(dz), bits, begin, end);
+  if (isa_level() == 1) return keep_v3(static_cast<U*>(dz), bits, begin, end);
+#endif
+  keep_base(static_cast<U*>(dz), bits, begin, end);
+}
+
+}  // namespace
+
+void gather(const Blocks& from, const Blocks& to, Choice choice, int size, int64_t begin, int64_t end) {
+  auto row_of = [&](int64_t r) { return choice.rows ? int64_t(choice.rows[r]) : r; };
+  by_size(size, [&](auto u) { move<decltype(u)>(from, to, choice.columns, row_of, begin, end); });
+}
+
+void scatter(const Blocks& from, const Blocks& to, const int32_t* place, const int32_t* column_place, int size,
+             int64_t begin, int64_t end) {
+  auto row_of = [&](int64_t r) { return place ? int64_t(place[r]) : r; };
+  by_size(size, [&](auto u) { move<decltype(u)>(from, to, column_place, row_of, begin, end); });
+}
+
+std::vector<int32_t> places(const int32_t* list, int64_t listed, int64_t n) {
+  std::vector<int32_t> found(size_t(n), -1);
+  for (int64_t k = 0; k < listed; ++k)
+    if (list[k] >= 0) found[size_t(list[k])] = int32_t(k);
+  return found;
+}
+
+int64_t check_index(const int32_t* index, int64_t n, int64_t end) {
+  int64_t last = -1;
+  for (int64_t k = 0; k < n; ++k) {
+    if (index[k] <= last || index[k] >= end) return k;
+    last = index[k];
+  }
+  return last == n - 1 ? -2 : -1;
+}
+
+void relu_bits(void* z, uint8_t* bits, int32_t kind, int64_t begin, int64_t end) {
+  switch (kind) {
+    case kF32:
+      return relu_at_level<float>(z, bits, begin, end);
+    case kF64:
+      return relu_at_level<double>(z, bits, begin, end);
+    case kBF16:
+      return relu_at_level<bf16>(z, bits, begin, end);
+    default:
+      return relu_at_level<f16>(z, bits, begin, end);
+  }
+}
+
+void keep_bits(void* dz, const uint8_t* bits, int size, int64_t begin, int64_t end) {
+  by_size(size, [&](auto u) { keep_at_level<decltype(u)>(dz, bits, begin, end); });
+}
+
+}  // namespace torsion::cpu

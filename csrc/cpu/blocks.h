@@ -1,0 +1,43 @@
+// Selecting and spreading blocks of memory: what masked layers need around a dense product, on a CPU. No torch.
+//
+// A matrix is [rows, columns] of blocks of `inner` numbers: one for a linear layer, kh kw for a filter, H W for a channel.
+// A list of rows or columns is ascending; -1 in a list of columns stands for a block of zeros.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+namespace torsion::cpu {
+
+struct Blocks {
+  void* data;
+  int64_t rows, columns, inner;
+  int64_t row_stride;  // numbers; columns and the numbers of a block lie side by side
+};
+
+struct Choice {
+  const int32_t* rows;     // null: all
+  const int32_t* columns;  // null: all
+};
+
+// to[a, b] = from[rows[a], columns[b]] for the rows [begin, end) of `to`.
+void gather(const Blocks& from, const Blocks& to, Choice choice, int size, int64_t begin, int64_t end);
+
+// The other way round, and zero everywhere else. `place` says for each row of `to` which of `from` it receives, -1: none.
+// `column_place` likewise, null: all in order.
+void scatter(const Blocks& from, const Blocks& to, const int32_t* place, const int32_t* column_place, int size,
+             int64_t begin, int64_t end);
+
+// Which of the listed ones each of n is, -1: none.
+std::vector<int32_t> places(const int32_t* list, int64_t listed, int64_t n);
+
+// -1: ascending, unique and within [0, end); -2: 0, 1, 2, ... besides; else the first entry that is none of it.
+int64_t check_index(const int32_t* index, int64_t n, int64_t end);
+
+// z = max(z, 0) for the numbers [begin, end), begin a multiple of 8; bit i & 7 of byte i >> 3 says that z was above 0, or
+// NaN, whose gradient torch lets through too.
+void relu_bits(void* z, uint8_t* bits, int32_t kind, int64_t begin, int64_t end);
+
+// Zero where the bit is not set.
+void keep_bits(void* dz, const uint8_t* bits, int size, int64_t begin, int64_t end);
+
+}  // namespace torsion::cpu

@@ -1,0 +1,132 @@
+// The parts of masked layers that are no product, on a CPU: arguments in, checks, pieces for the threads.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "blocks.h"
+#include "engine/arguments.h"
+#include "share.h"
+
+namespace torsion::cpu {
+namespace {
+
+constexpr int64_t kPiece = 1 << 16;  // numbers a thread takes at a time
+
+int size_of(const Tensor& t, const char* op) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return 4;
+    case ScalarType::Double:
+      return 8;
+    case ScalarType::BFloat16:
+    case ScalarType::Half:
+      return 2;
+    default:
+      STD_TORCH_CHECK(false, op, ": tensors must be float32, float64, bfloat16 or float16");
+  }
+  return 0;
+}
+
+// [rows, columns] or [rows, columns, inner]; only the rows may lie apart.
+Blocks blocks_of(const Tensor& t, const char* op, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu() && (t.dim() == 2 || t.dim() == 3), op, ": ", name, " must be a CPU tensor of 2 or 3 dims");
+  Blocks b{};
+  b.data = const_cast<void*>(t.const_data_ptr());
+  b.rows = t.size(0);
+  b.columns = t.size(1);
+  b.inner = t.dim() == 3 ? t.size(2) : 1;
+  b.row_stride = b.rows > 1 ? t.stride(0) : b.columns * b.inner;
+  const bool side_by_side =
+      t.numel() == 0 || ((b.columns == 1 || t.stride(1) == b.inner) && (b.inner == 1 || t.stride(2) == 1));
+  STD_TORCH_CHECK(side_by_side, op, ": columns of ", name, " must lie side by side");
+  return b;
+}
+
+const int32_t* list_of(const MaybeTensor& t, int64_t end, const char* op, const char* name) {
+  if (!t) return nullptr;
+  STD_TORCH_CHECK(t->is_cpu() && t->scalar_type() == ScalarType::Int && t->dim() == 1 && t->is_contiguous(), op, ": ",
+                  name, " must be a contiguous CPU tensor of one dim, int32");
+  const auto* list = static_cast<const int32_t*>(t->const_data_ptr());
+  for (int64_t k = 0; k < t->numel(); ++k)
+    STD_TORCH_CHECK(list[k] >= -1 && list[k] < end, op, ": ", name, "[", k, "] = ", list[k], " lies outside [0, ", end,
+                    ")");
+  return list;
+}
+
+template <class Work>
+void by_rows(const Blocks& to, Work work) {
+  const int64_t each = std::max<int64_t>(1, kPiece / std::max<int64_t>(1, to.columns * to.inner));
+  share((to.rows + each - 1) / each, [&](int64_t k) { work(k * each, std::min(to.rows, (k + 1) * each)); });
+}
+
+Tensor gather_blocks(Tensor from, MaybeTensor rows, MaybeTensor columns) {
+  const char* op = "gather_blocks";
+  const Blocks a = blocks_of(from, op, "from");
+  const Choice choice{list_of(rows, a.rows, op, "rows"), list_of(columns, a.columns, op, "columns")};
+  std::vector<int64_t> sizes = {rows ? rows->numel() : a.rows, columns ? columns->numel() : a.columns};
+  if (from.dim() == 3) sizes.push_back(a.inner);
+  Tensor out = torch::stable::new_empty(from, sizes);
+  const Blocks b = blocks_of(out, op, "out");
+  const int size = size_of(from, op);
+  by_rows(b, [&](int64_t begin, int64_t end) { gather(a, b, choice, size, begin, end); });
+  return out;
+}
+
+void scatter_blocks(Tensor to, Tensor from, MaybeTensor rows, MaybeTensor columns) {
+  const char* op = "scatter_blocks_";
+  const Blocks a = blocks_of(from, op, "from"), b = blocks_of(to, op, "to");
+  STD_TORCH_CHECK(from.scalar_type() == to.scalar_type() && from.dim() == to.dim() && a.inner == b.inner &&
+                      (rows ? rows->numel() : b.rows) == a.rows &&
+                      (columns ? columns->numel() : b.columns) == a.columns,
+                  op, ": from has the wrong dtype or sizes");
+  std::vector<int32_t> row_place, column_place;
+  if (rows) row_place = places(list_of(rows, b.rows, op, "rows"), a.rows, b.rows);
+  if (columns) column_place = places(list_of(columns, b.columns, op, "columns"), a.columns, b.columns);
+  const int size = size_of(to, op);
+  by_rows(b, [&](int64_t begin, int64_t end) {
+    scatter(a, b, rows ? row_place.data() : nullptr, columns ? column_place.data() : nullptr, size, begin, end);
+  });
+}
+
+int64_t index_kind(Tensor index, int64_t end) {
+  STD_TORCH_CHECK(index.is_cpu() && index.scalar_type() == ScalarType::Int && index.dim() == 1 && index.is_contiguous(),
+                  "index_kind: index must be a contiguous CPU tensor of one dim, int32");
+  return check_index(static_cast<const int32_t*>(index.const_data_ptr()), index.numel(), end);
+}
+
+Tensor relu_bits_op(Tensor z) {
+  const char* op = "relu_bits_";
+  STD_TORCH_CHECK(z.is_cpu() && is_dense(z), op, ": z must be a CPU tensor without holes");
+  size_of(z, op);
+  const int64_t n = z.numel();
+  Tensor bits = torch::stable::new_empty(z, {(n + 7) / 8}, ScalarType::Byte);
+  void* data = z.mutable_data_ptr();
+  auto* to = static_cast<uint8_t*>(bits.mutable_data_ptr());
+  const int32_t kind = kind_of(z, false, op, 0);
+  share((n + kPiece - 1) / kPiece,
+        [&](int64_t k) { relu_bits(data, to, kind, k * kPiece, std::min(n, (k + 1) * kPiece)); });
+  return bits;
+}
+
+void keep_bits_op(Tensor dz, Tensor bits) {
+  const char* op = "keep_bits_";
+  const int64_t n = dz.numel();
+  STD_TORCH_CHECK(dz.is_cpu() && is_dense(dz), op, ": dz must be a CPU tensor without holes");
+  check_vector(bits, ScalarType::Byte, (n + 7) / 8, op, "bits");
+  const int size = size_of(dz, op);
+  void* data = dz.mutable_data_ptr();
+  const auto* from = static_cast<const uint8_t*>(bits.const_data_ptr());
+  share((n + kPiece - 1) / kPiece,
+        [&](int64_t k) { keep_bits(data, from, size, k * kPiece, std::min(n, (k + 1) * kPiece)); });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(torsion, CPU, m) {
+  m.impl("gather_blocks", TORCH_BOX(&gather_blocks));
+  m.impl("scatter_blocks_", TORCH_BOX(&scatter_blocks));
+  m.impl("index_kind", TORCH_BOX(&index_kind));
+  m.impl("relu_bits_", TORCH_BOX(&relu_bits_op));
+  m.impl("keep_bits_", TORCH_BOX(&keep_bits_op));
+}
+
+}  // namespace torsion::cpu
