@@ -106,7 +106,7 @@ TORSION_INLINE void relu_and_bits(T* z, uint8_t* bits, int64_t begin, int64_t en
 }
 
 template <class U>
-TORSION_INLINE void keep(U* dz, const uint8_t* bits, int64_t begin, int64_t end) {
+TORSION_INLINE void keep(const U* from, U* to, const uint8_t* bits, int64_t begin, int64_t end) {
   int64_t i = begin;
   constexpr int kBatch = 64;
   for (; i + kBatch <= end; i += kBatch) {
@@ -117,45 +117,73 @@ TORSION_INLINE void keep(U* dz, const uint8_t* bits, int64_t begin, int64_t end)
       memcpy(on + 8 * b, &eight, 8);
     }
 #pragma GCC ivdep
-    for (int l = 0; l < kBatch; ++l) dz[i + l] = on[l] ? dz[i + l] : U(0);
+    for (int l = 0; l < kBatch; ++l) to[i + l] = on[l] ? from[i + l] : U(0);
   }
-  for (; i < end; ++i)
-    if (!((bits[i / 8] >> (i % 8)) & 1)) dz[i] = 0;
+  for (; i < end; ++i) to[i] = (bits[i / 8] >> (i % 8)) & 1 ? from[i] : U(0);
 }
 
-#define TORSION_BITS(level, attribute)                                                                      \
-  template <class T>                                                                                        \
-  attribute __attribute__((noinline)) void relu_##level(T* z, uint8_t* bits, int64_t a, int64_t e) {        \
-    relu_and_bits(z, bits, a, e);                                                                           \
-  }                                                                                                         \
-  template <class U>                                                                                        \
-  attribute __attribute__((noinline)) void keep_##level(U* dz, const uint8_t* bits, int64_t a, int64_t e) { \
-    keep(dz, bits, a, e);                                                                                   \
+template <class U>
+TORSION_INLINE void keep_live(const U* from, U* to, const uint8_t* live, int64_t n) {
+#pragma GCC ivdep
+  for (int64_t c = 0; c < n; ++c) to[c] = live[c] ? from[c] : U(0);
+}
+
+// The exponent is all ones in what is not finite.
+template <class U>
+TORSION_INLINE bool finite(const U* x, int64_t n, U exponent) {
+  U bad = 0;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) bad |= U((x[i] & exponent) == exponent);
+  return !bad;
+}
+
+#define TORSION_BITS(level, attribute)                                                                               \
+  template <class T>                                                                                                 \
+  attribute __attribute__((noinline)) void relu_##level(T* z, uint8_t* bits, int64_t a, int64_t e) {                 \
+    relu_and_bits(z, bits, a, e);                                                                                    \
+  }                                                                                                                  \
+  template <class U>                                                                                                 \
+  attribute __attribute__((noinline)) void keep_##level(const U* x, U* to, const uint8_t* b, int64_t a, int64_t e) { \
+    keep(x, to, b, a, e);                                                                                            \
+  }                                                                                                                  \
+  template <class U>                                                                                                 \
+  attribute __attribute__((noinline)) void live_##level(const U* x, U* to, const uint8_t* live, int64_t n) {         \
+    keep_live(x, to, live, n);                                                                                       \
+  }                                                                                                                  \
+  template <class U>                                                                                                 \
+  attribute __attribute__((noinline)) bool finite_##level(const U* x, int64_t n, U exponent) {                       \
+    return finite(x, n, exponent);                                                                                   \
   }
 TORSION_BITS(base, )
 #ifdef TORSION_X86_LEVELS
 TORSION_BITS(v3, TORSION_V3)
 TORSION_BITS(v4, TORSION_V4)
+#define TORSION_PICK(name, ...)                      \
+  return isa_level() == 2   ? name##_v4(__VA_ARGS__) \
+         : isa_level() == 1 ? name##_v3(__VA_ARGS__) \
+                            : name##_base(__VA_ARGS__)
+#else
+#define TORSION_PICK(name, ...) return name##_base(__VA_ARGS__)
 #endif
 #undef TORSION_BITS
 
 template <class T>
-void relu_at_level(void* z, uint8_t* bits, int64_t begin, int64_t end) {
-#ifdef TORSION_X86_LEVELS
-  if (isa_level() == 2) return relu_v4(static_cast<T*>(z), bits, begin, end);
-  if (isa_level() == 1) return relu_v3(static_cast<T*>(z), bits, begin, end);
-#endif
-  relu_base(static_cast<T*>(z), bits, begin, end);
+void relu_at_level(T* z, uint8_t* bits, int64_t begin, int64_t end) {
+  TORSION_PICK(relu, z, bits, begin, end);
 }
-
 template <class U>
-void keep_at_level(void* dz, const uint8_t* bits, int64_t begin, int64_t end) {
-#ifdef TORSION_X86_LEVELS
-  if (isa_level() == 2) return keep_v4(static_cast<U*>(dz), bits, begin, end);
-  if (isa_level() == 1) return keep_v3(static_cast<U*>(dz), bits, begin, end);
-#endif
-  keep_base(static_cast<U*>(dz), bits, begin, end);
+void keep_at_level(const U* from, U* to, const uint8_t* bits, int64_t begin, int64_t end) {
+  TORSION_PICK(keep, from, to, bits, begin, end);
 }
+template <class U>
+void live_at_level(const U* from, U* to, const uint8_t* live, int64_t n) {
+  TORSION_PICK(live, from, to, live, n);
+}
+template <class U>
+bool finite_at_level(const U* x, int64_t n, U exponent) {
+  TORSION_PICK(finite, x, n, exponent);
+}
+#undef TORSION_PICK
 
 }  // namespace
 
@@ -189,18 +217,45 @@ int64_t check_index(const int32_t* index, int64_t n, int64_t end) {
 void relu_bits(void* z, uint8_t* bits, int32_t kind, int64_t begin, int64_t end) {
   switch (kind) {
     case kF32:
-      return relu_at_level<float>(z, bits, begin, end);
+      return relu_at_level(static_cast<float*>(z), bits, begin, end);
     case kF64:
-      return relu_at_level<double>(z, bits, begin, end);
+      return relu_at_level(static_cast<double*>(z), bits, begin, end);
     case kBF16:
-      return relu_at_level<bf16>(z, bits, begin, end);
+      return relu_at_level(static_cast<bf16*>(z), bits, begin, end);
     default:
-      return relu_at_level<f16>(z, bits, begin, end);
+      return relu_at_level(static_cast<f16*>(z), bits, begin, end);
   }
 }
 
-void keep_bits(void* dz, const uint8_t* bits, int size, int64_t begin, int64_t end) {
-  by_size(size, [&](auto u) { keep_at_level<decltype(u)>(dz, bits, begin, end); });
+void keep_bits(const void* from, void* to, const uint8_t* bits, int size, int64_t begin, int64_t end) {
+  by_size(size, [&]<class U>(U) { keep_at_level(static_cast<const U*>(from), static_cast<U*>(to), bits, begin, end); });
+}
+
+void keep_columns(const Blocks& from, const Blocks& to, const uint8_t* live, int size, int64_t begin, int64_t end) {
+  by_size(size, [&]<class U>(U) {
+    for (int64_t r = begin; r < end; ++r)
+      live_at_level(static_cast<const U*>(from.data) + r * from.row_stride,
+                    static_cast<U*>(to.data) + r * to.row_stride, live, from.columns);
+  });
+}
+
+bool all_finite(const Blocks& of, int32_t kind, int64_t begin, int64_t end) {
+  auto look = [&]<class U>(U exponent) {
+    for (int64_t r = begin; r < end; ++r)
+      if (!finite_at_level(static_cast<const U*>(of.data) + r * of.row_stride, of.columns * of.inner, exponent))
+        return false;
+    return true;
+  };
+  switch (kind) {
+    case kF32:
+      return look(uint32_t(0x7f800000));
+    case kF64:
+      return look(uint64_t(0x7ff0000000000000));
+    case kBF16:
+      return look(uint16_t(0x7f80));
+    default:
+      return look(uint16_t(0x7c00));
+  }
 }
 
 }  // namespace torsion::cpu

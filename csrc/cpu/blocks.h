@@ -37,7 +37,13 @@ int64_t check_index(const int32_t* index, int64_t n, int64_t end);
 // NaN, whose gradient torch lets through too.
 void relu_bits(void* z, uint8_t* bits, int32_t kind, int64_t begin, int64_t end);
 
-// Zero where the bit is not set.
-void keep_bits(void* dz, const uint8_t* bits, int size, int64_t begin, int64_t end);
+// to = from where the bit is set, else 0; both may be one array.
+void keep_bits(const void* from, void* to, const uint8_t* bits, int size, int64_t begin, int64_t end);
+
+// to[r, c] = from[r, c] where live[c], else 0, for the rows [begin, end); inner is 1.
+void keep_columns(const Blocks& from, const Blocks& to, const uint8_t* live, int size, int64_t begin, int64_t end);
+
+// Whether the rows [begin, end) hold no Inf and no NaN.
+bool all_finite(const Blocks& of, int32_t kind, int64_t begin, int64_t end);
 
 }  // namespace torsion::cpu

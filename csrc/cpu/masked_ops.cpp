@@ -1,15 +1,9 @@
 // The parts of masked layers that are no product, on a CPU: arguments in, checks, pieces for the threads.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
-#include "blocks.h"
-#include "engine/arguments.h"
-#include "share.h"
+#include "tensors.h"
 
 namespace torsion::cpu {
-namespace {
-
-constexpr int64_t kPiece = 1 << 16;  // numbers a thread takes at a time
 
 int size_of(const Tensor& t, const char* op) {
   switch (t.scalar_type()) {
@@ -52,11 +46,32 @@ const int32_t* list_of(const MaybeTensor& t, int64_t end, const char* op, const 
   return list;
 }
 
-template <class Work>
-void by_rows(const Blocks& to, Work work) {
-  const int64_t each = std::max<int64_t>(1, kPiece / std::max<int64_t>(1, to.columns * to.inner));
-  share((to.rows + each - 1) / each, [&](int64_t k) { work(k * each, std::min(to.rows, (k + 1) * each)); });
+struct Scratch::Slots {
+  std::array<std::vector<char>, kSlots> slot;
+  int next = 0;
+};
+
+Scratch::Slots& Scratch::slots() {
+  thread_local Slots own;
+  return own;
 }
+
+Scratch::Scratch() { slots().next = 0; }
+
+Tensor Scratch::empty(const Tensor& like, int64_t rows, int64_t columns) const {
+  constexpr size_t kLine = 64;
+  const size_t bytes = size_t(rows * columns) * size_t(size_of(like, "scratch")) + kLine;
+  Slots& own = slots();
+  if (bytes > kMost || own.next == kSlots) return torch::stable::new_empty(like, {rows, columns});
+  std::vector<char>& slot = own.slot[size_t(own.next++)];
+  if (slot.size() < bytes) slot = std::vector<char>(bytes);
+  const size_t address = reinterpret_cast<size_t>(slot.data());
+  void* data = slot.data() + (kLine - address % kLine) % kLine;
+  return torch::stable::from_blob(data, {rows, columns}, {std::max<int64_t>(1, columns), 1}, like.device(),
+                                  like.scalar_type());
+}
+
+namespace {
 
 Tensor gather_blocks(Tensor from, MaybeTensor rows, MaybeTensor columns) {
   const char* op = "gather_blocks";
@@ -116,7 +131,7 @@ void keep_bits_op(Tensor dz, Tensor bits) {
   void* data = dz.mutable_data_ptr();
   const auto* from = static_cast<const uint8_t*>(bits.const_data_ptr());
   share((n + kPiece - 1) / kPiece,
-        [&](int64_t k) { keep_bits(data, from, size, k * kPiece, std::min(n, (k + 1) * kPiece)); });
+        [&](int64_t k) { keep_bits(data, data, from, size, k * kPiece, std::min(n, (k + 1) * kPiece)); });
 }
 
 }  // namespace

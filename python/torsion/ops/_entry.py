@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -54,6 +55,11 @@ def look_into(op: str, weight: Tensor, in_idx: Tensor | None, out_idx: Tensor | 
     for name, index in (("in_idx", in_idx), ("out_idx", out_idx)):
         if type(index) is Tensor:
             axis(op, name, index, index.shape[0], weight.device)
+
+
+def asks_for_reference() -> bool:
+    """Whether TORSION_BACKEND says that the reference is to compute."""
+    return os.environ.get("TORSION_BACKEND") == "reference"
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

@@ -10,10 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from torsion.ops import _activations, _entry
-from torsion.ops._blocks import Axis, axis, check_kind, gather, scatter_
+from torsion.ops import _activations, _entry, _native
+from torsion.ops._blocks import Axis, axis, check_kind, gather, keep_bits_, relu_bits_, scatter_
+from torsion.reference import masked as reference
 
 OP = "masked_linear"
+MOVE = 14
+"""Multiplications that cost as much as moving one number to spare them, measured; as in the compiled code."""
 
 
 def masked_linear(
@@ -63,6 +66,9 @@ def masked_linear(
     if all_live(in_idx, weight.shape[1]) and all_live(out_idx, weight.shape[0]):
         _entry.look_into(OP, weight, in_idx, out_idx)
         return _activations.plain(F.linear(x, weight, bias), act)
+    if not x_compact and not y_compact and _entry.asks_for_reference():
+        _axes(weight, in_idx, out_idx)
+        return reference.masked_linear(x, weight, bias, in_idx, out_idx, act)
     arguments = (x, weight, bias, in_idx, out_idx, act, x_compact, y_compact, _entry.needs_grad(x, weight, bias))
     if _entry.is_eager(x, weight):
         return _Eager.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
@@ -92,7 +98,7 @@ def _check(
         raise ValueError(f"{OP}: bias must have shape [{n}], has {list(bias.shape)}")
 
 
-# What a product needs of each operand
+# Plain torch around the products: other devices, and a build without compiled code
 
 
 def _columns(t: Tensor, ax: Axis) -> Tensor:
@@ -106,45 +112,95 @@ def _block(weight: Tensor, out: Axis, inp: Axis) -> Tensor:
     return gather(weight, out.index, inp.index)
 
 
-def _vector(t: Tensor, ax: Axis) -> Tensor:
-    return t[: ax.live] if ax.prefix else t.index_select(0, ax.index)  # type: ignore[arg-type]
-
-
-def _spread(t: Tensor, shape: list[int], ax: Axis) -> Tensor:
-    """``[M, live]`` as ``[M, size]`` with zeros."""
-    return t if ax.whole else scatter_(t.new_empty(shape), t, None, ax.index)
-
-
-def _product(a: Tensor, b: Tensor, rows: Axis | None, columns: Axis) -> Tensor:
-    """``a @ b`` spread over whole axes; written in place where live ones come first."""
-    n_rows = a.shape[0] if rows is None else rows.size
-    prefix = columns.prefix and (rows is None or rows.prefix)
+def _spread(t: Tensor, rows: Axis | None, columns: Axis) -> Tensor:
+    """``[live, live]`` as ``[size, size]`` with zeros."""
     if columns.whole and (rows is None or rows.whole):
-        return torch.mm(a, b)
-    full = a.new_empty(n_rows, columns.size)
-    if not prefix:
-        return scatter_(full, torch.mm(a, b), None if rows is None else rows.index, columns.index)
-    live = n_rows if rows is None else rows.live
-    torch.mm(a, b, out=full[:live, : columns.live])
-    full[:live, columns.live :].zero_()
-    full[live:].zero_()
-    return full
+        return t
+    full = t.new_empty(t.shape[0] if rows is None else rows.size, columns.size)
+    return scatter_(full, t, None if rows is None else rows.index, columns.index)
+
+
+def _plain_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, in_idx: Tensor | None, out_idx: Tensor | None, relu: bool,
+    x_compact: bool, y_compact: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    inp, out = _axes(weight, in_idx, out_idx)
+    w = _block(weight, out, inp).t()
+    rows = x if x_compact else _columns(x, inp)
+    z = torch.mm(rows, w) if bias is None else torch.addmm(_columns(bias.unsqueeze(0), out).squeeze(0), rows, w)
+    if _keeps_all(x.shape[0], weight, in_idx, out_idx, x_compact, y_compact):
+        z = _spread(z, None, out)
+        return z, relu_bits_(z) if relu else x.new_empty(0)
+    bits = relu_bits_(z) if relu else x.new_empty(0)
+    return z if y_compact else _spread(z, None, out), bits
+
+
+def _plain_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bits: Tensor, in_idx: Tensor | None, out_idx: Tensor | None, relu: bool,
+    x_compact: bool, y_compact: bool, want_x: bool, want_weight: bool, want_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    inp, out = _axes(weight, in_idx, out_idx)
+    if relu and _keeps_all(x.shape[0], weight, in_idx, out_idx, x_compact, y_compact):
+        dz = _columns(keep_bits_(dy.contiguous().clone(), bits), out)
+    else:
+        dz = dy if y_compact else _columns(dy, out)
+        dz = keep_bits_(dz.contiguous().clone(), bits) if relu else dz
+    none = dy.new_empty(0)
+    dx, dw, db = none, none, none
+    if want_x:
+        dx = torch.mm(dz, _block(weight, out, inp))
+        dx = dx if x_compact else _spread(dx, None, inp)
+    if want_weight:
+        dw = _spread(torch.mm(dz.t(), x if x_compact else _columns(x, inp)), out, inp)
+    if want_bias:
+        db = _spread(dz.sum(0).unsqueeze(0), None, out).squeeze(0)
+    return dx, dw, db
+
+
+def _axes(weight: Tensor, in_idx: Tensor | None, out_idx: Tensor | None) -> tuple[Axis, Axis]:
+    inp = axis(OP, "in_idx", in_idx, weight.shape[1], weight.device)
+    return inp, axis(OP, "out_idx", out_idx, weight.shape[0], weight.device)
+
+
+# The layer: activations other than ReLU are torch's, on compact tensors
+
+
+def _compiled(x: Tensor) -> bool:
+    return x.is_cpu and _native.C is not None
+
+
+def _keeps_all(
+    m: int, weight: Tensor, in_idx: Tensor | None, out_idx: Tensor | None, x_compact: bool, y_compact: bool
+) -> bool:
+    """Whether bits are kept of all outputs, dead ones included: where too few are dead to be worth leaving out.
+
+    By sizes alone, not by what the lists hold, for a compiler has no more to go by; as ``csrc/cpu/masked_linear.cpp``.
+    """
+    n, k = weight.shape
+    n_live = n if out_idx is None else out_idx.shape[0]
+    k_live = k if in_idx is None else in_idx.shape[0]
+    if x_compact or y_compact or (k_live == k and n_live == n) or k_live == 0 or n_live == 0:
+        return False
+    gathers = m * (2 * k_live + n_live + n + k) + 2 * n_live * k_live
+    return m * (k * n - k_live * n_live) < MOVE * (gathers - 2 * m * k)
 
 
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, in_idx: Tensor | None, out_idx: Tensor | None, act: str,
     x_compact: bool, y_compact: bool, save: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    inp = axis(OP, "in_idx", in_idx, weight.shape[1], weight.device)
-    out = axis(OP, "out_idx", out_idx, weight.shape[0], weight.device)
     rows = x.reshape(-1, x.shape[-1])
-    rows = rows if x_compact else _columns(rows, inp)
-    w = _block(weight, out, inp).t()
-    if bias is None and act == "none" and not y_compact:
-        return _product(rows, w, None, out).view(*x.shape[:-1], out.size), x.new_empty(0)
-    z = torch.mm(rows, w) if bias is None else torch.addmm(_vector(bias, out), rows, w)
-    y, saved = _activations.apply(z, act) if save or act == "relu" else (_activations.plain(z, act), x.new_empty(0))
-    y = y if y_compact else _spread(y, [y.shape[0], out.size], out)
+    linear = torch.ops.torsion.linear_forward if _compiled(x) else _plain_forward
+    try:
+        if act in ("none", "relu"):
+            y, saved = linear(rows, weight, bias, in_idx, out_idx, act == "relu", x_compact, y_compact)
+        else:
+            z, _ = linear(rows, weight, bias, in_idx, out_idx, False, x_compact, True)
+            y, saved = _activations.plain(z, act), z if save else x.new_empty(0)
+            y = y if y_compact else _spread(y, None, _axes(weight, in_idx, out_idx)[1])
+    except RuntimeError:
+        _axes(weight, in_idx, out_idx)  # raises if it was a list
+        raise
     return y.view(*x.shape[:-1], y.shape[1]), saved
 
 
@@ -152,24 +208,16 @@ def _backward(
     dy: Tensor, x: Tensor, weight: Tensor, saved: Tensor, in_idx: Tensor | None, out_idx: Tensor | None, act: str,
     x_compact: bool, y_compact: bool, wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    inp = axis(OP, "in_idx", in_idx, weight.shape[1], weight.device)
-    out = axis(OP, "out_idx", out_idx, weight.shape[0], weight.device)
     rows = dy.reshape(-1, dy.shape[-1])
-    live = rows if y_compact else _columns(rows, out)
-    owned = not y_compact and not out.prefix
-    dz = _activations.backward(live if act == "none" or owned else live.contiguous(), saved, act, owned)
-    none = dy.new_empty(0)
-    dx, dw, db = none, none, none
-    if wanted[0]:
-        w = _block(weight, out, inp)
-        dx = torch.mm(dz, w) if x_compact else _product(dz, w, None, inp)
-        dx = dx.view(x.shape)
-    if wanted[1]:
-        xs = x.reshape(-1, x.shape[-1])
-        dw = _product(dz.t(), xs if x_compact else _columns(xs, inp), out, inp)
-    if wanted[2]:
-        db = _spread(dz.sum(0).unsqueeze(0), [1, out.size], out).squeeze(0)
-    return dx, dw, db
+    linear = torch.ops.torsion.linear_backward if _compiled(x) else _plain_backward
+    relu = act == "relu"
+    if act not in ("none", "relu"):
+        live = rows if y_compact else _columns(rows, _axes(weight, in_idx, out_idx)[1])
+        rows, y_compact = _activations.backward(live, saved, act, False), True
+    dx, dw, db = linear(
+        rows, x.reshape(-1, x.shape[-1]), weight, saved, in_idx, out_idx, relu, x_compact, y_compact, *wanted
+    )
+    return dx.view(x.shape) if wanted[0] else dx, dw, db
 
 
 class _Eager(torch.autograd.Function):
@@ -201,7 +249,10 @@ def _fake_forward(
     n = 1
     for size in lead:
         n = n * size
-    shape, bits = _activations.saved_shape(act if save or act == "relu" else "none", (n, live))
+    kept = weight.shape[0] if _keeps_all(n, weight, in_idx, out_idx, x_compact, y_compact) else live
+    shape, bits = _activations.saved_shape(
+        act if save or act == "relu" else "none", (n, kept if act == "relu" else live)
+    )
     y = x.new_empty(*lead, live if y_compact else weight.shape[0])
     return y, x.new_empty(shape, dtype=torch.uint8 if bits else x.dtype)
 

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torsion.ops import _activations, _entry, _groups
 from torsion.ops._blocks import Axis, axis, check_kind, gather, scatter_
 from torsion.ops.masked import all_live
+from torsion.reference import masked as reference
 
 OP = "masked_conv2d"
 Pair = int | Sequence[int]
@@ -73,6 +74,9 @@ def masked_conv2d(
     if all_live(in_idx, weight.shape[1] * groups) and all_live(out_idx, weight.shape[0]):
         _entry.look_into(OP, weight, in_idx, out_idx)
         return _activations.plain(F.conv2d(x, weight, bias, stride, padding, dilation, groups), act)
+    if not x_compact and not y_compact and _entry.asks_for_reference():
+        _axes(weight, in_idx, out_idx, groups)
+        return reference.masked_conv2d(x, weight, bias, in_idx, out_idx, stride, padding, dilation, groups, act)
     x, pads = _padded(x, weight, stride, padding, dilation)
     batch = x if x.dim() == 4 else x.unsqueeze(0)
     arguments = (
@@ -195,6 +199,11 @@ def _size(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dila
     return size
 
 
+def _axes(weight: Tensor, in_idx: Tensor | None, out_idx: Tensor | None, groups: int) -> tuple[Axis, Axis]:
+    inp = axis(OP, "in_idx", in_idx, weight.shape[1] * groups, weight.device)
+    return inp, axis(OP, "out_idx", out_idx, weight.shape[0], weight.device)
+
+
 class _Call:
     """What forward and backward have in common."""
 
@@ -202,8 +211,7 @@ class _Call:
         self, x: Tensor, weight: Tensor, in_idx: Tensor | None, out_idx: Tensor | None, stride: list[int],
         padding: list[int], dilation: list[int], groups: int, x_compact: bool,
     ) -> None:  # fmt: skip
-        self.inp = axis(OP, "in_idx", in_idx, weight.shape[1] * groups, weight.device)
-        self.out = axis(OP, "out_idx", out_idx, weight.shape[0], weight.device)
+        self.inp, self.out = _axes(weight, in_idx, out_idx, groups)
         self.geometry = stride, padding, dilation
         self.size = _size(x, weight, stride, padding, dilation)
         self.last = _is_last(x) or _is_last(weight)

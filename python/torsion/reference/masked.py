@@ -50,7 +50,7 @@ def masked_conv2d(
     in_idx: Tensor | None = None,
     out_idx: Tensor | None = None,
     stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
+    padding: int | Sequence[int] | str = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
     act: str = "none",

@@ -1,0 +1,192 @@
+"""What surrounds the products of masked layers: the order of live units, packing, shortcuts, compiled parts."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import each_dtype, same_bits
+from masked import SUMS, i32, index, leaves
+from tolerances import close
+
+import torsion
+from torsion.ops import _entry, _native
+from torsion.ops._activations import ACTIVATIONS
+
+linear, conv = torsion.ops.masked_linear, torsion.ops.masked_conv2d
+needs_c = pytest.mark.skipif(_native.C is None, reason=_native.missing.get("_C", ""))
+each_act = pytest.mark.parametrize("act", ACTIVATIONS)
+
+
+def test_live_prefix():
+    live = torch.tensor([0, 1, 0, 1, 1, 0], dtype=torch.uint8)
+    order = torsion.ops.LivePrefix(live)
+    assert order.order.tolist() == [1, 3, 4, 0, 2, 5]
+    assert order.inverse.tolist() == [3, 0, 4, 1, 2, 5]
+    assert order.count == 3
+    assert order.index.tolist() == [0, 1, 2]
+    assert order.index.dtype == torch.int32
+    t = torch.randn(6, 4)
+    assert torch.equal(order.restore(order.sort(t)), t)
+    assert torch.equal(order.sort(t.t(), 1), order.sort(t).t())
+    with pytest.raises(TypeError, match=r"live is torch\.float32"):
+        torsion.ops.LivePrefix(live.float())
+    with pytest.raises(ValueError, match="one dim"):
+        torsion.ops.LivePrefix(live.view(2, 3))
+
+
+def test_a_sorted_network_is_the_masked_one():
+    """Two layers with scattered lists against the same two sorted once, compact in between."""
+    hidden = torch.rand(40) < 0.5
+    order, o = torsion.ops.LivePrefix(hidden), hidden.nonzero().flatten().int()
+    x, w1, b1, w2 = torch.randn(9, 20), torch.randn(40, 20), torch.randn(40), torch.randn(10, 40)
+    expected = linear(linear(x, w1, b1, None, o, "relu"), w2, None, o)
+    h = linear(x, order.sort(w1), order.sort(b1), None, order.index, "relu", y_compact=True)
+    found = linear(h, order.sort(w2, 1), None, order.index, x_compact=True)
+    close(found, expected, SUMS[torch.float32])
+
+
+@each_dtype()
+@pytest.mark.parametrize("kernel", [(), (3, 2)], ids=["linear", "conv"])
+@pytest.mark.parametrize("align", [1, 8, 16])
+def test_pack_and_unpack(dtype, kernel, align):
+    i, o = index(21, 0.5), index(17, 0.5, 1)
+    w = torch.randn(17, 21, *kernel).to(dtype)
+    packed = torsion.ops.pack_weight(w, i, o, align)
+    assert packed.shape[:2] == (-(-len(o) // align) * align, -(-len(i) // align) * align)
+    assert same_bits(packed[: len(o), : len(i)].contiguous(), w[o.long()][:, i.long()].contiguous())
+    assert not packed[len(o) :].any()
+    assert not packed[:, len(i) :].any()
+    packed[len(o) :] = torch.nan
+    full = torch.full_like(w, torch.nan)
+    version = full._version
+    assert torsion.ops.unpack_grad_(full, packed, i, o) is full
+    assert full._version > version
+    expected = torch.zeros_like(w)
+    expected[o.long().unsqueeze(1), i.long()] = w[o.long()][:, i.long()]
+    assert same_bits(full, expected)
+    assert same_bits(torch.ops.torsion.pack_weight(w), torsion.ops.pack_weight(w, align=16))
+    with pytest.raises(ValueError, match="align=0"):
+        torsion.ops.pack_weight(w, i, o, 0)
+    with pytest.raises(ValueError, match="live block is"):
+        torsion.ops.unpack_grad_(full, packed[: len(o) - 1], i, o)
+
+
+@pytest.mark.parametrize("prefix", [False, True], ids=["scattered", "prefix"])
+def test_residual_select_add(prefix):
+    """Branches with differing live sets: the channels alive in both are added, and gradients go the same way back."""
+    src, dst = (torch.arange(3, dtype=torch.int32),) * 2 if prefix else (i32(0, 2, 5), i32(1, 3, 4))
+    x, out = torch.randn(2, 6, 4, 4, requires_grad=True), torch.randn(2, 5, 4, 4, requires_grad=True)
+    y = torsion.ops.residual_select_add_(out * 1, x, src, dst)
+    expected = out.detach().clone()
+    expected[:, dst.long()] += x.detach()[:, src.long()]
+    assert torch.equal(y.detach(), expected)
+    g = torch.randn_like(y)
+    y.backward(g)
+    assert torch.equal(out.grad, g)
+    dx = torch.zeros_like(x)
+    dx[:, src.long()] = g[:, dst.long()]
+    assert torch.equal(x.grad, dx)
+    with pytest.raises(ValueError, match="src_idx lists 3 channels, dst_idx 1"):
+        torsion.ops.residual_select_add_(y.detach(), x, src, dst[:1])
+    with pytest.raises(RuntimeError, match=r"src_idx is torch\.int64"):
+        torch.ops.torsion.residual_select_add_(y.detach(), x, src.long(), dst)
+
+
+@needs_c
+@each_dtype()
+@pytest.mark.parametrize("inner", [None, 1, 5], ids=str)
+def test_gather_and_scatter(dtype, inner):
+    ops = torch.ops.torsion
+    for rows, columns in itertools.product((1, 5, 40), (1, 8, 17, 100)):
+        shape = (rows, columns) if inner is None else (rows, columns, inner)
+        t = torch.randn(shape).to(dtype)
+        lists = [None, index(columns, 0.5), torch.arange(columns, dtype=torch.int32), index(columns, 0.95, 3),
+                 torch.randperm(columns).int(), index(columns, 0.0)]  # fmt: skip
+        for r, c in itertools.product((None, index(rows, 0.6, 2)), lists):
+            found = ops.gather_blocks(t, r, c)
+            expected = t if r is None else t[r.long()]
+            expected = expected if c is None else expected[:, c.long()]
+            assert same_bits(found, expected.contiguous())
+            back = torch.full(shape, torch.nan).to(dtype)
+            ops.scatter_blocks_(back, found, r, c)
+            whole = torch.zeros(shape).to(dtype)
+            whole[(torch.arange(rows) if r is None else r.long()).unsqueeze(1),
+                  torch.arange(columns) if c is None else c.long()] = expected  # fmt: skip
+            assert same_bits(back, whole)
+        padded = torch.cat([index(columns, 0.5), i32(-1, -1)])
+        assert not ops.gather_blocks(t, None, padded)[:, -2:].any()
+
+
+@needs_c
+@each_dtype()
+def test_relu_bits(dtype):
+    for n in (0, 1, 7, 8, 9, 63, 64, 65, 1000):
+        z = torch.randn(n).to(dtype)
+        z[::5] = 0
+        z[1::7] = torch.nan
+        y = z.clone()
+        bits = torch.ops.torsion.relu_bits_(y)
+        assert same_bits(y.nan_to_num(7.0), F.relu(z).nan_to_num(7.0) + 0)
+        assert bits.shape == ((n + 7) // 8,)
+        found = [(int(bits[i // 8]) >> (i % 8)) & 1 for i in range(n)]
+        assert found == [int(not v <= 0) for v in z.tolist()]
+        dz = torch.randn(n).to(dtype)
+        kept = dz.clone()
+        torch.ops.torsion.keep_bits_(kept, bits)
+        assert same_bits(kept, torch.where(torch.tensor(found, dtype=torch.bool), dz, torch.zeros_like(dz)))
+
+
+def test_without_compiled_code_the_parts_are_the_same(monkeypatch):
+    """A build without ``_C``, and other devices, take plain torch for what surrounds the products."""
+    i, o = index(20, 0.5), index(16, 0.5, 1)
+    x, w, b = torch.randn(9, 20), torch.randn(16, 20), torch.randn(16)
+    xc, wc = torch.randn(2, 20, 5, 5), torch.randn(16, 5, 3, 3)
+
+    def run():
+        found = []
+        for op, a, k, options in ((linear, x, w, {}), (conv, xc, wc, dict(groups=4, padding=1))):
+            tensors = leaves(a, k, b)
+            y = op(*tensors, i, o, act="relu", **options)
+            y.square().sum().backward()
+            found += [y.detach(), *(t.grad for t in tensors)]
+        return found
+
+    compiled = run()
+    monkeypatch.setattr(_native, "C", None)
+    for a, e in zip(run(), compiled, strict=True):
+        close(a, e, SUMS[torch.float32])
+    with pytest.raises(ValueError, match=r"in_idx\[1\]=0 follows 1"):
+        linear(x, w, None, i32(1, 0))
+
+
+@needs_c
+def test_both_ways_are_chosen():
+    """Few dead: zeros in a dense product, bits of all outputs. Else gathers, bits of the live ones."""
+    for m, share, whole in ((64, 0.99, True), (1024, 0.99, True), (1024, 0.5, False), (8, 0.05, False)):
+        x, w = torch.randn(m, 512), torch.randn(512, 512)
+        i, o = index(512, share), index(512, share, 1)
+        _, bits = torch.ops.torsion.linear_forward(x, w, None, i, o, True, False, False)
+        assert bits.numel() == (m * (512 if whole else len(o)) + 7) // 8, (m, share)
+
+
+def test_the_environment_chooses_the_reference(monkeypatch):
+    """And the reference raises what the ops raise."""
+    i, x, w = index(20, 0.5), torch.randn(9, 20), torch.randn(16, 20)
+    ran = []
+    monkeypatch.setattr(_entry, "needs_grad", lambda *_: ran.append("compiled") or False)
+    linear(x, w, None, i)
+    monkeypatch.setenv("TORSION_BACKEND", "reference")
+    y = linear(x, w, None, i, act="relu")
+    assert ran == ["compiled"]
+    assert same_bits(y, torsion.reference.masked_linear(x, w, None, i, act="relu"))
+    with pytest.raises(ValueError, match=r"in_idx\[1\]=0 follows 1"):
+        linear(x, w, None, i32(1, 0))
+
+
+def test_backends_tell_the_policy():
+    found = torsion.backends()
+    assert "views where live units come first" in found["masked_linear"]["why"]
+    assert found["masked_conv2d"]["chosen"] in found["masked_conv2d"]["available"]
