@@ -2,7 +2,8 @@
 
 Every contestant first computes a few steps on the very tensors it is timed on and must agree with a float64
 reference; if one does not, nothing is reported and the exit code is 1. Ratios are medians over interleaved rounds.
-Lookbehind and SAM take whole cycles: on the lists without the time of their gradients, on a small network with it. At
+Lookbehind and SAM take whole cycles: on the lists without the time of their gradients, on a small network with it.
+`masked` and `demp` time layers and networks, forward and backward; --list says nothing to them. At
 one thread the clock is processor time, which other work disturbs little; at more it is wall time: keep it quiet then.
 """
 
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from torsion.cli.bench import cuda, network, overhead, record, report, suite
+from torsion.cli.bench import cuda, layers, network, overhead, pruning, record, report, suite
 from torsion.cli.bench.comparisons import METHODS
 from torsion.cli.bench.figures import Figure, Place
 from torsion.cli.bench.gate import GateError
@@ -91,7 +92,8 @@ def _run(args: argparse.Namespace, place: Place) -> int:
 
 def _measure(args: argparse.Namespace, place: Place) -> Iterator[Figure]:
     methods = list(dict.fromkeys(args.methods)) or list(METHODS)
-    for name in dict.fromkeys(args.lists or LISTS):
+    on_lists = any(method not in ("masked", "demp") for method in methods)
+    for name in dict.fromkeys(args.lists or LISTS) if on_lists else ():
         tensors = LISTS[name]
         yield from suite.run_list(tensors, methods, place, _progress)
         if place.device.type == "cuda":
@@ -102,6 +104,12 @@ def _measure(args: argparse.Namespace, place: Place) -> Iterator[Figure]:
     if "lookbehind" in methods:
         with _progress("digits network: whole cycles"):
             yield from network.network_figures(place)
+    if "masked" in methods:
+        with _progress("masked layers"):
+            yield from layers.masked_figures(place)
+    if "demp" in methods:
+        with _progress("pruning"):
+            yield from pruning.demp_figures(place)
     with _progress("import time"):
         yield overhead.import_figure(place)
 

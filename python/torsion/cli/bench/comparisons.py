@@ -133,5 +133,5 @@ COMPARISONS = (
 COPY_SHARE = {"TAM": Limit(85.0, _BIG, at_least=True)}
 """On a GPU: percent of the copy's bandwidth in the same rounds."""
 
-METHODS = tuple(dict.fromkeys(comparison.method for comparison in COMPARISONS))
+METHODS = (*dict.fromkeys(comparison.method for comparison in COMPARISONS), "masked", "demp")
 """Words that the command line takes."""

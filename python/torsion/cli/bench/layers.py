@@ -1,0 +1,152 @@
+"""Masked layers against dense ones, forward and backward: `torsion bench masked`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import torsion
+from torsion.cli.bench.comparisons import Limit
+from torsion.cli.bench.figures import Figure, Place
+from torsion.cli.bench.versus import agree, versus
+
+__all__ = ["masked_figures"]
+
+_ROWS = 1024
+_RELATIVE = 1e-4
+"""float32 sums of up to 2048 terms, in whatever order a library takes them (seen: 3e-6)."""
+_DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A layer of width n with a share of live units on both sides; ``sorted``: live units come first."""
+
+    n: int
+    live: float
+    sorted: bool
+
+    def indices(self) -> Tensor | None:
+        count = round(self.n * self.live)
+        if count == self.n:
+            return None
+        if self.sorted:
+            return torch.arange(count, dtype=torch.int32)
+        return torch.randperm(self.n)[:count].sort()[0].to(torch.int32)
+
+
+Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
+_Shapes = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def _made(shape: tuple[int, ...], weight: tuple[int, ...], place: Place) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, w, b = torch.randn(shape), torch.randn(weight) / weight[1] ** 0.5, torch.randn(weight[0])
+    x, w, b = (t.to(place.device).requires_grad_() for t in (x, w, b))
+    return x, w, b, torch.randn(*shape[:1], weight[0], *shape[2:], device=place.device)
+
+
+def _both_ways(layer: Layer, x: Tensor, w: Tensor, b: Tensor, dy: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    def step() -> tuple[Tensor, ...]:
+        y = layer(x, w, b)
+        return (y.detach(), *torch.autograd.grad(y, (x, w, b), dy))
+
+    return step
+
+
+def _dead_zeroed(t: Tensor, live: Tensor | None, dim: int) -> Tensor:
+    if live is None:
+        return t
+    kept = torch.zeros_like(t)
+    index = live.long().to(t.device)
+    return kept.index_copy(dim, index, t.index_select(dim, index))
+
+
+def _figures(
+    place: Place,
+    where: str,
+    name: str,
+    masked: Layer,
+    dense: Layer,
+    shapes: _Shapes,
+    live: Tensor | None,
+    limit: Limit | None,
+    share: float = 1.0,
+    *,
+    compact: bool = False,
+) -> Iterator[Figure]:
+    torch.manual_seed(0)
+    x, w, b, dy = _made(*shapes, place)
+    wide = [t.detach().double().requires_grad_() for t in (x, w, b)]
+
+    def zeroed(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        x, w = _dead_zeroed(x, live, 1), _dead_zeroed(_dead_zeroed(w, live, 0), live, 1)
+        return _dead_zeroed(dense(x, w, _dead_zeroed(b, live, 0)), live, 1)
+
+    right = list(_both_ways(zeroed, wide[0], wide[1], wide[2], dy.double())())
+    given, back = x, dy
+    if compact and live is not None:
+        index = live.long().to(place.device)
+        given, back = (t.detach().index_select(1, index).requires_grad_() for t in (x, dy))
+        right[:2] = [t.index_select(1, index) for t in right[:2]]
+    step = _both_ways(masked, given, w, b, back)
+    agree(f"{name}, {where}", step(), right, _RELATIVE)
+    dense_step = _both_ways(dense, x, w, b, dy)
+    limits = {} if limit is None else {name: limit}
+    yield from versus(place, where, {_DENSE: dense_step}, {name: step}, limits, ideal={name: share})
+
+
+def _linear(
+    place: Place,
+    case: _Case,
+    name: str,
+    limit: Limit | None,
+    share: float = 1.0,
+    *,
+    compact: bool = False,
+) -> Iterator[Figure]:
+    live = case.indices()
+    index = None if live is None else live.to(place.device)
+
+    def masked(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return torsion.ops.masked_linear(x, w, b, index, index, x_compact=compact, y_compact=compact)
+
+    where, shapes = f"{case.n} x {case.n}, {case.live:.0%} live", ((_ROWS, case.n), (case.n, case.n))
+    yield from _figures(place, where, name, masked, F.linear, shapes, live, limit, share, compact=compact)
+
+
+def _conv(place: Place) -> Iterator[Figure]:
+    live = _Case(128, 0.5, sorted=False).indices()
+    index = None if live is None else live.to(place.device)
+
+    def masked(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return torsion.ops.masked_conv2d(x, w, b, index, index, padding=1)
+
+    def dense(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return F.conv2d(x, w, b, padding=1)
+
+    shapes = ((16, 128, 28, 28), (128, 128, 3, 3))
+    where = "conv 3x3, 128 channels, 50% live"
+    yield from _figures(place, where, "masked conv", masked, dense, shapes, live, Limit(0.40, ()))
+
+
+def masked_figures(place: Place) -> Iterator[Figure]:
+    """Figures of masked layers.
+
+    Raises:
+        GateError: a masked layer computes something else than the dense one with zeros.
+    """
+    torch.manual_seed(0)
+    for n in (1024, 2048):
+        for live in (0.25, 0.5):
+            case = _Case(n, live, sorted=True)
+            yield from _linear(place, case, "masked linear, cached order", Limit(1.4, ()), live * live, compact=True)
+            yield from _linear(place, case, "the same, all of x and y", None, live * live)
+    for n, limit in ((512, 1 / 2.2), (1024, 1 / 2.5), (2048, 1 / 2.5)):
+        yield from _linear(place, _Case(n, 0.5, sorted=False), "masked linear, any order", Limit(limit, ()))
+    for n in (512, 2048):
+        yield from _linear(place, _Case(n, 1.0, sorted=True), "masked linear, all live", Limit(1.03, ()))
+    yield from _conv(place)

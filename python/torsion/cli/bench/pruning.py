@@ -1,0 +1,127 @@
+"""What a cut network, the detector and the noise cost: `torsion bench demp`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+import torsion
+from torsion.cli.bench.comparisons import Limit
+from torsion.cli.bench.figures import Figure, Place
+from torsion.cli.bench.gate import GateError
+from torsion.cli.bench.lists import LISTS
+from torsion.cli.bench.problem import Gradients, attach, initial
+from torsion.cli.bench.versus import Step, agree, versus
+from torsion.optim._perturbation import NoiseRows, Perturbation
+
+__all__ = ["demp_figures"]
+
+_LR = 1e-7
+_RELATIVE = 1e-5
+_DENSE, _READ, _ALONE = "dense", "one read", "AdaTAMW"
+
+
+def demp_figures(place: Place) -> Iterator[Figure]:
+    """Figures of pruning.
+
+    Raises:
+        GateError: something computes what it should not.
+    """
+    for dead, limit in ((0.5, 0.57), (0.75, 0.32), (0.9, 0.17)):
+        yield from _ffn(place, dead, Limit(limit, ()))
+    for dead in (0.5, 1.0):
+        yield from _detection(place, dead)
+    yield from _update(place)
+
+
+def _ffn(place: Place, dead: float, limit: Limit, width: int = 512, hidden: int = 2048) -> Iterator[Figure]:
+    """A feed-forward block before and after its dead hidden units were cut."""
+    torch.manual_seed(0)
+    up = nn.Linear(width, hidden)
+    with torch.no_grad():
+        up.bias[torch.randperm(hidden)[: round(hidden * dead)]] = -100.0
+    dense = nn.Sequential(up, nn.ReLU(), nn.Linear(hidden, width)).to(place.device)
+    x = torch.randn(2048, width, device=place.device)
+    cut = copy.deepcopy(dense)
+    live = torsion.prune.live_units(cut, [x])
+    torsion.prune.compact(cut, live, x)
+    name, where = f"feed-forward, {dead:.0%} dead, cut", f"{width} x {hidden}"
+    with torch.no_grad():
+        agree(name, [cut(x)], [dense.double()(x.double())], _RELATIVE)
+    dense.float()
+    steps = {}
+    for key, model in ((_DENSE, dense), (name, cut)):
+        steps[key] = _backward(model, x)
+    yield from versus(place, where, {_DENSE: steps[_DENSE]}, {name: steps[name]}, {name: limit})
+
+
+def _backward(model: nn.Module, x: Tensor) -> Step:
+    dy = torch.randn_like(x)
+    given = x.clone().requires_grad_()
+
+    def step() -> None:
+        model.zero_grad()
+        given.grad = None
+        model(given).backward(dy)
+
+    return step
+
+
+def _detection(place: Place, dead: float) -> Iterator[Figure]:
+    """The detector on 51 MB; a channel that is dead is read to its end."""
+    torch.manual_seed(0)
+    y = torch.randn(64, 256, 28, 28, device=place.device).relu_()
+    gone = torch.randperm(256)[: round(256 * dead)]
+    y[:, gone.to(place.device)] = 0
+    flags = torch.zeros(256, dtype=torch.uint8, device=place.device)
+    count = torch.zeros(1, dtype=torch.int64, device=place.device)
+
+    def detect() -> Tensor:
+        flags.zero_()
+        torsion.ops.active_flags_(y, flags, count)
+        return flags
+
+    if not torch.equal(detect().bool().cpu(), (y > 0).flatten(2).any(2).any(0).cpu()):
+        raise GateError("active_flags_ is wrong about a channel; nothing is reported")
+    name = f"detection, {dead:.0%} of the channels dead"
+    reads: dict[str, Step] = {_READ: y.sum, f"{_READ} (amax)": y.amax}
+    yield from versus(place, "51 MB activation", reads, {name: detect}, {name: Limit(1.2, ())})
+
+
+def _update(place: Place) -> Iterator[Figure]:
+    """Lasso on the scales and noise on every weight, inside the update and after it."""
+    tensors = LISTS["resnet18"]
+    gradients = Gradients(tensors, place.device)
+    steps: dict[str, Step] = {}
+    results: dict[str, list[Tensor]] = {}
+    inside, after = "AdaTAMW, lasso and noise inside", "AdaTAMW, then noise"
+    for name in (_ALONE, inside, after):
+        params = initial(tensors, place.device)
+        attach(params, [g.clone() for g in gradients.live])
+        optimizer = torsion.AdaTAMW(params, lr=_LR)
+        results[name] = params
+        if name == inside and optimizer._takes_perturbation():
+            maps = {p: NoiseRows(max(1, p[0].numel()), None, None, i) for i, p in enumerate(params)}
+            scales = [p for p in params if p.dim() == 1]
+            optimizer._perturb(Perturbation(set(scales), maps, 0, lasso=0.0, sigma=5e-5, step=1))
+        steps[name] = optimizer.step if name != after else _noised(optimizer, params)
+    members = {name: steps[name] for name in (inside, after)}
+    for step in steps.values():
+        step()
+    agree(inside, results[inside], results[after], 1e-6)
+    yield from versus(place, "resnet18", {_ALONE: steps[_ALONE]}, members, {inside: Limit(1.10, ())})
+
+
+def _noised(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> Step:
+    none = [None] * len(params)
+    columns = [p[0].numel() if p.dim() else 1 for p in params]
+    ids = list(range(len(params)))
+
+    def step() -> None:
+        optimizer.step()
+        torsion.ops.demp_update_(params, none, none, none, none, columns, 5e-5, 0, 1, ids)
+
+    return step
