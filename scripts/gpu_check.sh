@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything a machine with a GPU can tell about this tree, in one command under nine minutes, without network:
 #   tests, compute-sanitizer on a small subset, benchmarks, DRAM bytes. `make gpu` builds first, for the card at hand.
-# Records go to $OUT (default benchmarks/results/<device>): environment.json, bench.json, traffic.json, gpu_check.log.
+# Records go to $OUT (default benchmarks/results/<device>): environment.json, bench.json, bench_layers.json, traffic.json,
+# gpu_check.log.
 # A stage that fails or runs out of time does not stop the others; the exit status is 1 then, 2 without a GPU.
 set -u
 cd "$(dirname "$0")/.."
@@ -85,7 +86,8 @@ facts = {
 text = json.dumps(facts, indent=1, default=str)
 open(sys.argv[1], "w").write(text + "\n")
 print(text)
-chosen = {choice["chosen"] for choice in facts["backends"].values()}
+optimizers = ("tam_", "adatam_", "ascent_", "descent_", "blend_")
+chosen = {facts["backends"][op]["chosen"] for op in optimizers}
 sys.exit(0 if chosen == {"cuda"} else "the compiled CUDA back end is not the one chosen")
 PY
 }
@@ -120,6 +122,7 @@ else
   skip "memcheck" "no compute-sanitizer on PATH"
 fi
 stage "benchmarks" 180 "$PYTHON" -m torsion bench tam adatam lookbehind --device cuda --json "$OUT/bench.json"
+OPTIONAL=1 stage "benchmarks of layers" 60 "$PYTHON" -m torsion bench masked demp --device cuda --json "$OUT/bench_layers.json"
 if command -v ncu >/dev/null; then
   stage "DRAM bytes" 60 bash -c traffic
 else

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import torsion
+from torsion.optim._perturbation import NoiseRows, Perturbation
 
 SIZES = (0, 1, 7, 333, 16384, 50001)
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -158,8 +159,73 @@ def skipped_cycle(device: str, dtype: torch.dtype, phase: int) -> bool:
     return good
 
 
+class Perturbed(Run):
+    """Steps with DemP's lasso on every second tensor, and noise: on whole tensors, live rows, and rows of a cut one."""
+
+    def __init__(self, cls: Any, dtype: torch.dtype, device: str, **options: Any) -> None:
+        super().__init__(cls, dtype, device, **options)
+        maps = {}
+        for number, p in enumerate(self.params):
+            if p.numel() == 0 or number == 1:
+                continue
+            columns = next(c for c in (5, 3, 1) if p.numel() % c == 0)
+            rows = p.numel() // columns
+            live = (torch.arange(rows, device=device) % 3 != 1).to(torch.uint8) if number % 3 else None
+            kept = torch.arange(rows, device=device) * 2 if number % 2 else None
+            maps[p] = NoiseRows(columns, live, kept, number)
+        self.perturbation = Perturbation(set(self.params[::2]), maps, seed=7, lasso=0.01, sigma=0.05)
+        self.optimizer._perturb(self.perturbation)
+
+    def steps(self, count: int) -> None:
+        for seed in range(1, count + 1):
+            self.perturbation.step = seed
+            self.gradients(seed)
+            self.optimizer.step()
+
+
+def check_demp(device: str) -> int:
+    """Steps with lasso and noise, then the ops of their own."""
+    failures = 0
+    for dtype in TOLERANCE:
+        for name, cls in (("TAM", torsion.TAM), ("AdaTAMW", torsion.AdaTAMW)):
+            chosen = {"lr": 0.05, "stochastic_rounding": dtype in (torch.bfloat16, torch.float16)}
+            ours, cpu = (Perturbed(cls, dtype, d, **chosen) for d in (device, "cpu"))
+            ours.steps(3)
+            cpu.steps(3)
+            failures += not compare(f"{name} lasso and noise {str(dtype).removeprefix('torch.')}", ours, cpu)
+        for shape in ((7,), (3, 16385)):
+            ours, cpu = (torsion.ops.philox_normal(shape, 3, 5, 9, dtype, device=d).cpu() for d in (device, "cpu"))
+            failures += not verdict(f"philox_normal {shape} {dtype}", torch.equal(ours, cpu))
+        failures += not verdict(f"active_flags_ {dtype}", same_flags(dtype, device))
+    return failures
+
+
+def same_flags(dtype: torch.dtype, device: str) -> bool:
+    """Flags of a GPU and of the CPU, in both layouts, with dead channels and a NaN."""
+    y = torch.randn(6, 37, 9, 5).relu().to(dtype)
+    y[:, ::3] = 0
+    y[2, 3, 1, 1] = torch.nan
+    good = True
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for criterion in ("ever_active", "abs_max", "sum_le"):
+            found = []
+            for where in (device, "cpu"):
+                flags = torch.zeros(37, dtype=torch.uint8, device=where)
+                count = torch.zeros(1, dtype=torch.int64, device=where)
+                here = y.to(where).contiguous(memory_format=layout)
+                torsion.ops.active_flags_(here, flags, count, criterion=criterion)
+                found.append((flags.cpu(), int(count)))
+            good = good and torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]
+    return good
+
+
+def verdict(title: str, good: bool) -> bool:
+    print(f"{'ok' if good else 'FAILED':6} {title}")
+    return good
+
+
 def check(device: str) -> int:
-    failures = check_cycles(device)
+    failures = check_cycles(device) + check_demp(device)
     for dtype in TOLERANCE:
         for name, (cls, options) in CASES.items():
             for stochastic in (False, True) if dtype in (torch.bfloat16, torch.float16) else (False,):
