@@ -19,6 +19,12 @@ inline cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
+inline int64_t most_blocks(int32_t device) {
+  int multiprocessors = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  return multiprocessors * kBlocksPerMultiprocessor;
+}
+
 inline bool is_capturing(cudaStream_t stream) {
   cudaStreamCaptureStatus status;
   STD_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
@@ -111,9 +117,7 @@ void run(Table& table, const StepTensors& in, Phase phase, const MaybeTensor& su
 
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
-  int multiprocessors = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  const int64_t max_blocks = multiprocessors * kBlocksPerMultiprocessor;
+  const int64_t max_blocks = most_blocks(device);
   MaybeTensor own;
   char* at = place<Rule>(table, workspace, own, device, max_blocks, stream);
   Runner<Rule>::run(f, table, at, hyper, rates, phase, max_blocks, stream);

@@ -15,9 +15,9 @@ from torsion.ops._rules import PASSES, RULES
 NAMES = ("cuda", "triton", "cpu", "reference")
 
 KERNELS: dict[str, tuple[str, ...]] = {
-    "philox_normal": ("cpu", "reference"),
-    "demp_update_": ("cpu", "reference"),
-    "active_flags_": ("cpu", "reference"),
+    "philox_normal": ("cuda", "cpu", "reference"),
+    "demp_update_": ("cuda", "cpu", "reference"),
+    "active_flags_": ("cuda", "cpu", "reference"),
 }
 """Ops that are not written for every back end -> those they are written for, the best first."""
 
