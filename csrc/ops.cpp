@@ -45,11 +45,12 @@ STABLE_TORCH_LIBRARY(torsion, m) {
       "Tensor(e!) status, Tensor hyper, Tensor[] lrs, Tensor? found_inf, float? max_grad_norm, "
       "Tensor(h!)? workspace, int next, int[] next_streams, Tensor(i!) alphas, Tensor next_hyper, "
       "Tensor(j!)? next_workspace) -> ()");
-  // DemP. philox_normal_ fills `out`; demp_update_ adds noise to the live entries of n parameters (ops/noise.py).
+  // DemP. philox_normal_ fills `out`; demp_update_ adds noise to the live entries of n parameters (ops/noise.py);
+  // `numbers` is float64 [2] beside them and stands for sigma and step.
   m.def("philox_normal_(Tensor(a!) out, int seed, int step, int tensor_id) -> ()");
   m.def(
       "demp_update_(Tensor(a!)[] params, Tensor?[] row_live, Tensor?[] col_live, Tensor?[] rows, Tensor?[] cols, "
-      "int[] orig_cols, float sigma, int seed, int step, int[] tensor_ids) -> ()");
+      "int[] orig_cols, float sigma, int seed, int step, int[] tensor_ids, Tensor? numbers=None) -> ()");
   m.def(
       "active_flags_(Tensor y, Tensor(a!) flags, Tensor(b!) count, int channel_dim=1, str criterion=\"ever_active\", "
       "float tau=0.0) -> ()");

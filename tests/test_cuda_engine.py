@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = {name: ROOT / f"tests/shim/{name}.cpp" for name in ("engine_test", "cycle_test")}
+SOURCES = {name: ROOT / f"tests/shim/{name}.cpp" for name in ("engine_test", "cycle_test", "demp_test")}
 CHECKS = [
     (name, check)
     for name, source in SOURCES.items()

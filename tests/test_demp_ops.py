@@ -8,6 +8,7 @@ import pytest
 import torch
 from demp import CASES, each_backend, guarded, in_child, untouched
 from helpers import bits, each_dtype, same_bits
+from test_no_sync import no_sync
 from tolerances import Row, close
 
 import torsion
@@ -197,6 +198,90 @@ def test_sigma_zero_writes_nothing():
     assert torch.equal(bits(p), before)
 
 
+# Sigma and step as tensors: what only a device knows
+
+
+@each_backend
+@each_dtype()
+@pytest.mark.parametrize("which", ["sigma", "step", "both"])
+def test_numbers_in_tensors(which, dtype, backend):
+    """The same bits as plain numbers, whatever types the tensors have."""
+    start = torch.randn(40, 67).to(dtype)
+    for sigma, step in ((0.25, 7), (1e-3, 2**32 - 1), (0.1, 0)):
+        plain, known = start.clone(), start.clone()
+        mask = flags(40)
+        update(plain, sigma, row_live=mask, step=step, backend=backend)
+        for wide in (True, False):
+            if not wide and (sigma != 0.25 or step != 7):
+                continue  # neither float32 nor int32 holds them
+            given = {"sigma": sigma, "step": step}
+            if which != "step":
+                given["sigma"] = torch.tensor(sigma, dtype=torch.float64 if wide else torch.float32)
+            if which != "sigma":
+                given["step"] = torch.tensor(step, dtype=torch.int64 if wide else torch.int32)
+            known.copy_(start)
+            update(known, row_live=mask, backend=backend, **given)
+            assert same_bits(known, plain)
+
+
+@each_backend
+def test_numbers_in_tensors_are_not_read(backend):
+    p, sigma, step = torch.ones(6, 5), torch.tensor(0.5), torch.tensor(3)
+    with no_sync():
+        update(p, sigma, step=step, row_live=flags(6), backend=backend)
+    expected = update(torch.ones(6, 5), 0.5, step=3, row_live=flags(6), backend=backend)
+    assert same_bits(p, expected)
+    assert (float(sigma), int(step)) == (0.5, 3)
+
+
+@each_backend
+@each_dtype()
+def test_a_sigma_of_zero_in_a_tensor_writes_nothing(dtype, backend):
+    """Not even the sign of a zero."""
+    p = torch.tensor([[-0.0, 0.0, 1.0, torch.inf]]).to(dtype)
+    before = bits(p)
+    update(p, torch.zeros(()), backend=backend)
+    assert torch.equal(bits(p), before)
+
+
+BAD_TENSORS = {
+    "sigma-size": (dict(sigma=torch.ones(2)), ValueError, r"sigma must be one number, has shape \(2,\)"),
+    "step-size": (dict(step=torch.zeros(0, dtype=torch.int64)), ValueError, r"step must be one number"),
+    "step-dtype": (dict(step=torch.tensor(1.0)), TypeError, "step is torch.float32, must be an integer"),
+    "step-bool": (dict(step=torch.tensor(True)), TypeError, "step is torch.bool"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TENSORS)
+def test_bad_tensors_of_numbers(name):
+    change, error, message = BAD_TENSORS[name]
+    p = torch.zeros(3, 4)
+    with pytest.raises(error, match=message):
+        update(p, **change)
+    assert not p.any()
+
+
+@needs_c
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        (torch.tensor([-1.0, 2.0], dtype=torch.float64), "sigma must be finite"),
+        (torch.tensor([torch.nan, 2.0], dtype=torch.float64), "sigma must be finite"),
+        (torch.tensor([1.0, 2.0**32], dtype=torch.float64), "step must lie"),
+        (torch.tensor([1.0, -1.0], dtype=torch.float64), "step must lie"),
+        (torch.tensor([1.0, torch.nan], dtype=torch.float64), "step must lie"),
+        (torch.tensor([1.0, 2.0]), "numbers has the wrong dtype"),
+        (torch.tensor([1.0], dtype=torch.float64), "numbers must be contiguous with at least 2"),
+    ],
+    ids=str,
+)
+def test_the_op_refuses_bad_numbers(numbers, message):
+    p = torch.zeros(3, 4)
+    with pytest.raises(RuntimeError, match=f"demp_update_: {message}"):
+        torch.ops.torsion.demp_update_([p], [None], [None], [None], [None], [4], 0.1, 1, 2, [0], numbers)
+    assert not p.any()
+
+
 def test_nonfinite_parameters_stay_so():
     p = torch.tensor([[torch.inf, -torch.inf, torch.nan, 1.0]])
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -271,7 +356,9 @@ def test_opcheck(dtype):
         [torch.rand(4, 6).to(dtype), torch.rand(3).to(dtype)], [flags(4), None], [None, None], [None, torch.arange(3)],
         [torch.arange(6), None], [8, 1], 0.1, 1, 2, [0, 1],
     )  # fmt: skip
-    assert set(torch.library.opcheck(torch.ops.torsion.demp_update_.default, arguments).values()) == {"SUCCESS"}
+    numbers = torch.tensor([0.1, 2.0], dtype=torch.float64)
+    for given in (arguments, (*arguments, numbers)):
+        assert set(torch.library.opcheck(torch.ops.torsion.demp_update_.default, given).values()) == {"SUCCESS"}
 
 
 @each_backend

@@ -14,6 +14,7 @@
 #include "engine/isa.h"
 #include "engine/plan.h"
 #include "engine/types.h"
+#include "normals.h"
 #include "rules/demp.h"
 
 namespace torsion::cpu {
@@ -24,8 +25,6 @@ constexpr int64_t kLongEnough = 64;  // elements of a run, or columns of a row, 
 
 template <class T>
 constexpr bool kRounded = sizeof(T) == 2;
-template <class T>
-using Maths = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // Blocks of 1 << Shift numbers, and where among all their numbers each element finds its own.
 template <int Shift>

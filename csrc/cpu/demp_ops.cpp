@@ -3,32 +3,16 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "demp.h"
-#include "engine/arguments.h"
+#include "engine/demp_arguments.h"
 #include "engine/types.h"
 #include "flags.h"
+#include "normals.h"
 #include "share.h"
 
 namespace torsion::cpu {
 namespace {
 
-using MaybeList = std::vector<MaybeTensor>;
-
 constexpr int64_t kPiece = 1 << 16;  // numbers a thread takes at a time
-
-int32_t storage_of(const Tensor& t, const char* op, const char* name) {
-  const ScalarType dtype = t.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
-                      dtype == ScalarType::Half,
-                  op, ": ", name, " must be float32, float64, bfloat16 or float16");
-  return kind_of(t, false, op, 0);
-}
-
-NoiseKey key_of(int64_t seed, int64_t step, int64_t tensor_id, const char* op) {
-  constexpr int64_t kWord = int64_t(1) << 32;
-  STD_TORCH_CHECK(step >= 0 && step < kWord, op, ": step must lie in [0, 2^32), is ", step);
-  STD_TORCH_CHECK(tensor_id >= 0 && tensor_id < kWord, op, ": tensor_id must lie in [0, 2^32), is ", tensor_id);
-  return {uint64_t(seed), uint32_t(step), uint32_t(tensor_id)};
-}
 
 template <class Q, class R>
 void write_normals(NoiseKey key, Q* out, int64_t begin, int64_t end) {
@@ -66,19 +50,6 @@ void philox_normal(Tensor out, int64_t seed, int64_t step, int64_t tensor_id) {
   });
 }
 
-template <class X>
-const X* optional_data(const MaybeTensor& t, ScalarType dtype, size_t i, const char* name) {
-  if (!t) return nullptr;
-  STD_TORCH_CHECK(t->is_cpu() && t->scalar_type() == dtype && t->is_contiguous(), "demp_update_: ", name, "[", i,
-                  "] must be a contiguous CPU tensor, ", dtype == ScalarType::Byte ? "uint8" : "int64");
-  return static_cast<const X*>(t->const_data_ptr());
-}
-
-void check_size(const MaybeTensor& t, int64_t n, size_t i, const char* name) {
-  STD_TORCH_CHECK(!t || t->numel() == n, "demp_update_: ", name, "[", i, "] needs ", n, " entries, has ",
-                  t ? t->numel() : 0);
-}
-
 void check_within(const int64_t* x, int64_t n, int64_t end, size_t i, const char* name) {
   if (!x) return;
   for (int64_t k = 0; k < n; ++k)
@@ -86,57 +57,40 @@ void check_within(const int64_t* x, int64_t n, int64_t end, size_t i, const char
                     ")");
 }
 
-struct NoiseLists {
-  const TensorList& params;
-  const MaybeList &row_live, &col_live, &rows, &cols;
-  const std::vector<int64_t>&orig_cols, &tensor_ids;
-};
-
-NoiseRows noise_rows(const NoiseLists& in, size_t i, NoiseKey key) {
-  const Tensor& p = in.params[i];
-  STD_TORCH_CHECK(p.is_cpu() && p.is_contiguous(), "demp_update_: params[", i, "] must be a contiguous CPU tensor");
-  NoiseRows to{};
-  to.data = const_cast<void*>(p.const_data_ptr());
-  to.kind = kind_of(p, false, "demp_update_", i);
-  to.rows = p.dim() ? p.size(0) : 1;
-  to.columns = to.rows ? p.numel() / to.rows : 0;
-  to.groups = in.cols[i] && in.cols[i]->dim() == 2 ? in.cols[i]->size(0) : 1;
-  to.original_columns = in.orig_cols[i];
-  to.key = key;
-  STD_TORCH_CHECK(to.groups > 0 && to.rows % to.groups == 0, "demp_update_: cols[", i, "] has ", to.groups,
-                  " lines, which do not divide the ", to.rows, " rows of params[", i, "]");
-  check_size(in.row_live[i], to.rows, i, "row_live");
-  check_size(in.col_live[i], to.columns, i, "col_live");
-  check_size(in.rows[i], to.rows, i, "rows");
-  check_size(in.cols[i], to.groups * to.columns, i, "cols");
-  to.row_live = optional_data<uint8_t>(in.row_live[i], ScalarType::Byte, i, "row_live");
-  to.column_live = optional_data<uint8_t>(in.col_live[i], ScalarType::Byte, i, "col_live");
-  to.row_of = optional_data<int64_t>(in.rows[i], ScalarType::Long, i, "rows");
-  to.column_of = optional_data<int64_t>(in.cols[i], ScalarType::Long, i, "cols");
-  STD_TORCH_CHECK(to.column_of || to.columns <= to.original_columns, "demp_update_: orig_cols[", i,
-                  "] = ", to.original_columns, " is less than the ", to.columns, " columns of params[", i, "]");
+// What the host knows, a wrong index or number, is refused before anything is written.
+void check_places(const NoiseRows& to, size_t i) {
   check_within(to.column_of, to.groups * to.columns, to.original_columns, i, "cols");
   const int64_t most = std::numeric_limits<int64_t>::max() / std::max<int64_t>(1, to.original_columns);
   check_within(to.row_of, to.rows, most, i, "rows");
-  return to;
+}
+
+void read_numbers(const double* numbers, double& sigma, int64_t& step) {
+  if (!numbers) return;
+  STD_TORCH_CHECK(std::isfinite(numbers[0]) && numbers[0] >= 0,
+                  "demp_update_: sigma must be finite and not negative, is ", numbers[0]);
+  STD_TORCH_CHECK(numbers[1] >= 0 && numbers[1] < 0x1p32, "demp_update_: step must lie in [0, 2^32), is ", numbers[1]);
+  sigma = numbers[0];
+  step = int64_t(numbers[1]);
 }
 
 void demp_update(TensorList params, MaybeList row_live, MaybeList col_live, MaybeList rows, MaybeList cols,
                  std::vector<int64_t> orig_cols, double sigma, int64_t seed, int64_t step,
-                 std::vector<int64_t> tensor_ids) {
-  const size_t n = params.size();
-  for (size_t size : {row_live.size(), col_live.size(), rows.size(), cols.size(), orig_cols.size(), tensor_ids.size()})
-    STD_TORCH_CHECK(size == n, "demp_update_: lists differ in length: ", n, " params, a list of ", size);
+                 std::vector<int64_t> tensor_ids, MaybeTensor numbers) {
   const NoiseLists in{params, row_live, col_live, rows, cols, orig_cols, tensor_ids};
+  in.check_lengths();
+  if (params.empty()) return;
+  const Where where(params[0]);
+  read_numbers(numbers_of(numbers, where), sigma, step);
   struct Piece {
     size_t of;
     int64_t begin, end;
   };
   std::vector<NoiseRows> all;
   std::vector<Piece> pieces;
-  for (size_t i = 0; i < n; ++i) {
-    all.push_back(noise_rows(in, i, key_of(seed, step, tensor_ids[i], "demp_update_")));
+  for (size_t i = 0; i < params.size(); ++i) {
+    all.push_back(noise_rows(in, i, key_of(seed, step, tensor_ids[i], "demp_update_"), where));
     const NoiseRows& to = all.back();
+    check_places(to, i);
     if (!to.columns) continue;
     // Whole multiples of eight rows: rows of a piece share the lists of blocks that they need.
     const int64_t rows_each = std::max<int64_t>(8, kPiece / to.columns / 8 * 8);
@@ -149,65 +103,12 @@ void demp_update(TensorList params, MaybeList row_live, MaybeList col_live, Mayb
   });
 }
 
-// Dims [from, to) as one: false where their strides do not allow it. A dim of one element has no stride.
-bool merge(const Tensor& t, int64_t from, int64_t to, int64_t& size, int64_t& stride) {
-  size = 1;
-  stride = 1;
-  for (int64_t d = to - 1; d >= from; --d) {
-    if (t.size(d) == 1) continue;
-    if (size == 1)
-      stride = t.stride(d);
-    else if (t.stride(d) != stride * size)
-      return false;
-    size *= t.size(d);
-  }
-  return true;
-}
-
-// Whether the kernels can read y as it lies.
-bool is_readable(const Tensor& y, int64_t dim, Activation& to) {
-  to.data = y.const_data_ptr();
-  to.channels = y.size(dim);
-  to.channel_stride = to.channels > 1 ? y.stride(dim) : 1;
-  if (!merge(y, 0, dim, to.outer, to.outer_stride) || !merge(y, dim + 1, y.dim(), to.inner, to.inner_stride))
-    return false;
-  if (to.inner == 1 && (to.channel_stride != 1 || to.channels == 1)) {
-    // [M, C] transposed: the values of a channel are a plane, spread over what was outside.
-    std::swap(to.outer, to.inner);
-    std::swap(to.outer_stride, to.inner_stride);
-  }
-  if (to.inner == 1) to.inner_stride = to.channel_stride == 1 ? 0 : 1;
-  return to.inner_stride == 1 || to.channel_stride == 1;
-}
-
-Criterion criterion_of(const std::string& name) {
-  for (auto [known, criterion] : {std::pair{"ever_active", Criterion::ever_active},
-                                  {"abs_max", Criterion::abs_max},
-                                  {"sum_le", Criterion::sum_le},
-                                  {"dormant", Criterion::dormant}})
-    if (name == known) return criterion;
-  STD_TORCH_CHECK(false, "active_flags_: criterion '", name, "' is none of ever_active, abs_max, sum_le, dormant");
-  return Criterion::ever_active;
-}
-
 void active_flags(Tensor y, Tensor flags, Tensor count, int64_t channel_dim, std::string criterion, double tau) {
-  const char* op = "active_flags_";
   const Criterion by = criterion_of(criterion);
-  const int64_t dims = y.dim(), dim = channel_dim < 0 ? channel_dim + dims : channel_dim;
-  STD_TORCH_CHECK(dim >= 0 && dim < dims, op, ": channel_dim = ", channel_dim, " is no dim of y, which has ", dims);
-  STD_TORCH_CHECK(y.is_cpu() && flags.is_cpu() && count.is_cpu(), op, ": y, flags and count must be on one device");
-  STD_TORCH_CHECK(flags.scalar_type() == ScalarType::Byte && flags.is_contiguous() && flags.numel() == y.size(dim), op,
-                  ": flags must be contiguous uint8 with one entry for each of the ", y.size(dim), " channels, has ",
-                  flags.numel());
-  check_vector(count, ScalarType::Long, 1, op, "count");
-  Activation view{};
-  view.kind = storage_of(y, op, "y");
-  if (!is_readable(y, dim, view)) {
-    y = torch::stable::contiguous(y);
-    is_readable(y, dim, view);
-  }
+  const int64_t seen = y.dim() ? y.size(0) : 0;
+  const Activation view = activation_of(y, flags, count, channel_dim);
   flag_active(view, by, tau, int(torch::stable::get_num_threads()), static_cast<uint8_t*>(flags.mutable_data_ptr()));
-  *static_cast<int64_t*>(count.mutable_data_ptr()) += y.size(0);
+  *static_cast<int64_t*>(count.mutable_data_ptr()) += seen;
 }
 
 }  // namespace

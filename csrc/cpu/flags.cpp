@@ -24,9 +24,7 @@ constexpr int64_t kRows = 64;    // rows between two looks, at most
 constexpr int kSums = 32;        // running sums of a plane; part of the numerics
 
 template <class T>
-using Maths = decltype(widen(T{}));
-template <class T>
-constexpr int kLanes = kLine / int(sizeof(T));
+constexpr int kPerLine = kLine / int(sizeof(T));
 
 template <bool Abs, class T>
 TORSION_INLINE Maths<T> value(T y) {
@@ -111,7 +109,7 @@ TORSION_INLINE void scan_rows(const Activation& y, Maths<T> tau, int64_t begin, 
   std::vector<Run> open = {{0, y.channels}};
   std::vector<Found> found(size_t(y.channels));
   RowStep<T> step(y, begin);
-  look(found, kLanes<T>, y.channels, flags, open);
+  look(found, kPerLine<T>, y.channels, flags, open);
   int64_t rows = 4;
   for (int64_t r = begin; r < end && !open.empty(); r += rows, rows = std::min(2 * rows, kRows)) {
     for (int64_t k = r; k < std::min(end, r + rows); ++k) {
@@ -122,7 +120,7 @@ TORSION_INLINE void scan_rows(const Activation& y, Maths<T> tau, int64_t begin, 
         for (int64_t c = run.begin; c < run.end; ++c) f[c] |= Found(!(value<Abs>(row[c]) <= tau));
       }
     }
-    look(found, kLanes<T>, y.channels, flags, open);
+    look(found, kPerLine<T>, y.channels, flags, open);
   }
 }
 

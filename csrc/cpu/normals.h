@@ -1,13 +1,8 @@
 // Many normals at once (rules/philox_normal.h), for every instruction set the same bits. No torch.
 #pragma once
-#include <cstdint>
+#include "engine/demp.h"
 
 namespace torsion::cpu {
-
-struct NoiseKey {
-  uint64_t seed;
-  uint32_t step, tensor_id;
-};
 
 // out receives 4 n numbers, those of the blocks first ... first + n - 1, in order. 0.88 ns each on a 2.1 GHz core with
 // AVX-512, of which 0.48 for the words; call it for a few hundred blocks at a time, while what they are added to is on

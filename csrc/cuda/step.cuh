@@ -19,6 +19,12 @@ inline cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
+inline int64_t most_blocks(int32_t device) {
+  int multiprocessors = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  return multiprocessors * kBlocksPerMultiprocessor;
+}
+
 inline bool is_capturing(cudaStream_t stream) {
   cudaStreamCaptureStatus status;
   STD_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
@@ -108,12 +114,6 @@ struct Call {
     });
   }
 };
-
-inline int64_t most_blocks(int32_t device) {
-  int multiprocessors = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  return multiprocessors * kBlocksPerMultiprocessor;
-}
 
 template <class Rule>
 void run(Table& table, const StepTensors& in, Phase phase, const MaybeTensor& sums, const MaybeTensor& workspace,

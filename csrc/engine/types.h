@@ -24,6 +24,10 @@ TORSION_HD float widen(f16 x) {
   return from_bits((magnitude >= 0x0f800000u ? special : scaled) | uint32_t(x.bits & 0x8000u) << 16);
 }
 
+// What a storage type is computed in.
+template <class T>
+using Maths = decltype(widen(T{}));
+
 template <class T>
 struct Narrow;
 template <>

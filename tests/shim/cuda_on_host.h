@@ -82,10 +82,29 @@ inline double __shfl_xor_sync(unsigned, double value, int distance) {
   host::warps[warp]->arrive_and_wait();
   return other;
 }
+inline bool __any_sync(unsigned, bool mine) {
+  const unsigned warp = threadIdx.x / 32;
+  host::lanes[warp][threadIdx.x % 32] = mine;
+  host::warps[warp]->arrive_and_wait();
+  bool any = false;
+  for (const double one : host::lanes[warp]) any = any || one != 0;
+  host::warps[warp]->arrive_and_wait();
+  return any;
+}
 inline void __threadfence() {}
+// What passes by the L1 may be another warp's, which on the host is another thread's.
 template <class T>
 T __ldcg(const T* p) {
-  return *p;
+  T value;
+  if constexpr (sizeof(T) <= 8)
+    __atomic_load(p, &value, __ATOMIC_RELAXED);
+  else
+    value = *p;
+  return value;
+}
+template <class T>
+void __stcg(T* p, T value) {
+  __atomic_store(p, &value, __ATOMIC_RELAXED);
 }
 template <class T>
 T __ldca(const T* p) {

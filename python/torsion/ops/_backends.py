@@ -15,9 +15,9 @@ from torsion.ops._rules import PASSES, RULES
 NAMES = ("cuda", "triton", "cpu", "reference")
 
 KERNELS: dict[str, tuple[str, ...]] = {
-    "philox_normal": ("triton", "cpu", "reference"),
-    "demp_update_": ("triton", "cpu", "reference"),
-    "active_flags_": ("triton", "cpu", "reference"),
+    "philox_normal": ("cuda", "triton", "cpu", "reference"),
+    "demp_update_": ("cuda", "triton", "cpu", "reference"),
+    "active_flags_": ("cuda", "triton", "cpu", "reference"),
     "masked_linear": ("cpu", "reference"),
     "masked_conv2d": ("cpu", "reference"),
 }

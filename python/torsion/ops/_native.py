@@ -24,7 +24,7 @@ _SCHEMAS = {
     "philox_normal_": "(Tensor(a!) out, int seed, int step, int tensor_id) -> ()",
     "demp_update_": (
         "(Tensor(a!)[] params, Tensor?[] row_live, Tensor?[] col_live, Tensor?[] rows, Tensor?[] cols, "
-        "int[] orig_cols, float sigma, int seed, int step, int[] tensor_ids) -> ()"
+        "int[] orig_cols, float sigma, int seed, int step, int[] tensor_ids, Tensor? numbers=None) -> ()"
     ),
     "active_flags_": (
         '(Tensor y, Tensor(a!) flags, Tensor(b!) count, int channel_dim=1, str criterion="ever_active", '

@@ -37,7 +37,8 @@ def register(name: str, reference: Callable[..., None], written: tuple[int, ...]
 
     if _native.C is None:
         _library.impl(name, kernel("cpu"), "CPU")
-    _library.impl(name, kernel("cuda"), "CUDA")
+    if _native.C_cuda is None:
+        _library.impl(name, kernel("cuda"), "CUDA")
 
     def counting(keyset: Any, *args: Any) -> None:
         with torch._C._AutoDispatchBelowADInplaceOrView():

@@ -1,4 +1,7 @@
-"""The detector of dead units; kernels in ``csrc/cpu/flags.cpp``, specification in :mod:`torsion.reference`."""
+"""The detector of dead units; kernels in ``csrc/cpu/flags.cpp`` and ``csrc/cuda/flags.cuh``.
+
+The specification is in :mod:`torsion.reference`.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ def active_flags_(
         channel_dim: dim of y with the C channels; negative ones count from the end.
         criterion: see above.
         tau: threshold, not negative.
-        backend: "triton", "cpu" or "reference"; TORSION_BACKEND or the best for the device when None.
+        backend: "cuda", "triton", "cpu" or "reference"; TORSION_BACKEND or the best for the device when None.
 
     Raises:
         ValueError: criterion, tau or channel_dim, or flags and count of another size or device.

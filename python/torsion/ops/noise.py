@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +23,9 @@ def demp_update_(
     rows: Sequence[Tensor | None],
     cols: Sequence[Tensor | None],
     orig_cols: Sequence[int],
-    sigma: float,
+    sigma: float | Tensor,
     seed: int,
-    step: int,
+    step: int | Tensor,
     tensor_ids: Sequence[int],
     *,
     backend: str | None = None,
@@ -50,11 +51,12 @@ def demp_update_(
         cols: int64 ``[K]`` or ``[G, K]`` each, the columns' numbers in the uncut tensor; G groups of rows have their
             own (a grouped convolution). None: their own. Ascending ones are fastest.
         orig_cols: columns of the uncut tensor, each.
-        sigma: standard deviation of the noise, finite and not negative; 0 writes nothing.
+        sigma: standard deviation of the noise, finite and not negative; 0 writes nothing. A tensor of one number where
+            only the device knows it: nothing waits for it, and it is not checked there.
         seed: in [0, 2^64).
-        step: in [0, 2^32).
+        step: in [0, 2^32); a tensor like ``sigma``.
         tensor_ids: in [0, 2^32) each: the parameter's position in the uncut model.
-        backend: "triton", "cpu" or "reference"; TORSION_BACKEND or the best for the device when None.
+        backend: "cuda", "triton", "cpu" or "reference"; TORSION_BACKEND or the best for the device when None.
 
     Raises:
         ValueError: lists that differ in length, a number out of range, an index tensor of the wrong size or outside
@@ -66,16 +68,41 @@ def demp_update_(
     for name, entries in {**lists, "orig_cols": orig_cols, "tensor_ids": tensor_ids}.items():
         if len(entries) != n:
             raise ValueError(f"demp_update_: {n} params, but {name} has {len(entries)} entries")
-    if not (math.isfinite(sigma) and sigma >= 0):
+    device = params[0].device if n else torch.device("cpu")
+    sigma, step = _known("sigma", sigma, device), _known("step", step, device)
+    if not isinstance(sigma, Tensor) and not (math.isfinite(sigma) and sigma >= 0):
         raise ValueError(f"demp_update_: sigma={sigma} must be finite and not negative")
-    key = _plain.random_key("demp_update_", seed, step, tensor_ids)
+    key = _plain.random_key("demp_update_", seed, 0 if isinstance(step, Tensor) else step, tensor_ids)
     for i in range(n):
         _check_parameter(i, params[i], row_live[i], col_live[i], rows[i], cols[i], orig_cols[i])
-    if n:
-        _plain.run_(
-            "demp_update_", params[0].device.type, backend, list(params), list(row_live), list(col_live), list(rows),
-            list(cols), list(orig_cols), float(sigma), key, step, list(tensor_ids),
-        )  # fmt: skip
+    if not n:
+        return
+    numbers = None
+    if isinstance(sigma, Tensor) or isinstance(step, Tensor):
+        numbers = torch.stack([_beside(x, device) for x in (sigma, step)])
+        sigma, step = 0.0, 0
+    _plain.run_(
+        "demp_update_", device.type, backend, list(params), list(row_live), list(col_live), list(rows), list(cols),
+        list(orig_cols), float(sigma), key, step, list(tensor_ids), numbers,
+    )  # fmt: skip
+
+
+def _known(name: str, x: Any, device: torch.device) -> Any:
+    """The number itself where the host has it and the parameters are elsewhere; a tensor on a device stays one."""
+    if not isinstance(x, Tensor):
+        return x
+    if x.numel() != 1:
+        raise ValueError(f"demp_update_: {name} must be one number, has shape {tuple(x.shape)}")
+    if name == "step" and (x.is_floating_point() or x.dtype == torch.bool):
+        raise TypeError(f"demp_update_: step is {x.dtype}, must be an integer")
+    return x.item() if x.is_cpu and device.type != "cpu" else x
+
+
+def _beside(x: float | Tensor, device: torch.device) -> Tensor:
+    """A 0-dim float64 tensor; a fill, where a copy of a number would wait for the device."""
+    if isinstance(x, Tensor):
+        return x.detach().to(device, torch.float64, non_blocking=True).reshape(())
+    return torch.full((), x, dtype=torch.float64, device=device)
 
 
 def _check_parameter(

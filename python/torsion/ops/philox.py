@@ -66,7 +66,7 @@ def philox_normal(
         dtype: float64 takes 32 bits of a word, float32 23, so their numbers differ from the eighth digit on;
             bfloat16 and float16 are the float32 ones, rounded to nearest.
         device: where the result lies.
-        backend: "triton", "cpu" or "reference"; TORSION_BACKEND or the best for the device when None.
+        backend: "cuda", "triton", "cpu" or "reference"; TORSION_BACKEND or the best for the device when None.
 
     Returns:
         Contiguous tensor of ``shape``. On the CPU the same bits for every instruction set and number of threads; the

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from torsion.ops import demp_update_
 from torsion.prune._coordinates import Coordinates
-from torsion.reference.demp import noise_rounding_bits, normals_of
-from torsion.reference.philox import stochastic_round
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,10 +163,6 @@ class Noise:
 
 def _update_(entries: Sequence[Entry], sigma: float | Tensor, seed: int, step: int | Tensor) -> None:
     """Noise entries of one device."""
-    if any(isinstance(x, Tensor) and _waits(x) for x in (sigma, step)):
-        for e in entries:
-            _update_unknown_(e, sigma, seed, step)
-        return
     views = [e.view() for e in entries]
     dense = [v.contiguous() for v in views]  # of channels_last weights a copy, whose noise goes by rows as everywhere
     demp_update_(
@@ -178,39 +172,11 @@ def _update_(entries: Sequence[Entry], sigma: float | Tensor, seed: int, step: i
         [e.rows for e in entries],
         [e.cols for e in entries],
         [e.columns for e in entries],
-        float(sigma),
+        sigma,
         seed,
-        int(step),
+        step,
         [e.tensor_id for e in entries],
     )
     for view, noised in zip(views, dense, strict=True):
         if noised is not view:
             view.copy_(noised)
-
-
-def _waits(t: Tensor) -> bool:
-    """Whether reading a number waits for a device."""
-    return not t.is_cpu
-
-
-def _update_unknown_(e: Entry, sigma: float | Tensor, seed: int, step: int | Tensor) -> None:
-    """The same where only the device knows how large the noise is or which step this is; several passes over it."""
-    p = e.view()
-    r, k, device = p.shape[0] if p.dim() else 1, math.prod(p.shape[1:]), p.device
-    row = torch.arange(r, device=device) if e.rows is None else e.rows
-    col = torch.arange(k, device=device) if e.cols is None else e.cols
-    col = col.reshape(-1, k)
-    elements = row[:, None] * e.columns + col.repeat_interleave(r // col.shape[0], 0)
-    if isinstance(step, Tensor):
-        step = step.to(device, non_blocking=True)
-    math_dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-    xi = normals_of(elements, seed, step, e.tensor_id, math_dtype)  # type: ignore[arg-type]
-    std = torch.as_tensor(sigma, dtype=math_dtype).to(device, non_blocking=True)
-    noised = p.to(math_dtype) + (std * xi).reshape(p.shape)
-    if p.dtype != math_dtype:
-        bits = noise_rounding_bits(elements.flatten(), seed, step, e.tensor_id)  # type: ignore[arg-type]
-        noised = stochastic_round(noised.flatten(), p.dtype, bits).reshape(p.shape)
-    for flags, dims in ((e.row_live, (-1, 1)), (e.col_live, (1, -1))):
-        if flags is not None:
-            noised = torch.where(flags.bool().reshape(dims).expand(r, k).reshape(p.shape), noised, p)
-    p.copy_(noised)

@@ -17,13 +17,15 @@ from torch import Tensor
 from torsion.reference.philox import philox, stochastic_round
 
 
-def normals_of(element: Tensor, seed: int, step: int, tensor_id: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def normals_of(
+    element: Tensor, seed: int, step: int | Tensor, tensor_id: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Standard normals that belong to elements of a tensor.
 
     Args:
         element: int64 numbers of any shape, row-major positions in the uncut tensor.
         seed: 64-bit key.
-        step: 32-bit count of steps.
+        step: 32-bit count of steps, a number or a 0-dim int64 tensor.
         tensor_id: 32-bit number of the tensor.
         dtype: float64 takes 32 bits of a word, float32 23; bfloat16 and float16 are float32 cast once.
 
@@ -53,7 +55,7 @@ def philox_normal(
     return normals_of(element, seed, step, tensor_id, dtype)
 
 
-def noise_rounding_bits(element: Tensor, seed: int, step: int, tensor_id: int) -> Tensor:
+def noise_rounding_bits(element: Tensor, seed: int, step: int | Tensor, tensor_id: int) -> Tensor:
     """16 bits by which an element is rounded after its noise: counters with the top bit set, eight elements a block."""
     index = (element >> 3) + torch.iinfo(torch.int64).min
     words = torch.stack(philox(seed, index, step, tensor_id))
@@ -73,10 +75,17 @@ def demp_update_(
     seed: int,
     step: int,
     tensor_ids: Sequence[int],
+    numbers: Tensor | None = None,
 ) -> None:
-    """Add DemP's noise, see :func:`torsion.ops.demp_update_`."""
+    """Add DemP's noise, see :func:`torsion.ops.demp_update_`.
+
+    ``numbers``, float64 ``[2]`` beside the parameters, stand for ``sigma`` and ``step`` and are not read by the host.
+    """
+    if numbers is None and sigma == 0:
+        return
+    t = step if numbers is None else numbers[1].to(torch.int64)
     for i, p in enumerate(params):
-        if p.numel() == 0 or sigma == 0:
+        if p.numel() == 0:
             continue
         n_rows = p.shape[0] if p.dim() else 1
         n_cols = p.numel() // n_rows
@@ -87,10 +96,14 @@ def demp_update_(
                 live &= flags.bool().unsqueeze(dim)
         w = p.detach().reshape(n_rows, n_cols)
         math_dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-        xi = normals_of(element, seed, step, tensor_ids[i], math_dtype)
-        noised = w.to(math_dtype) + torch.tensor(sigma, dtype=math_dtype, device=p.device) * xi
+        xi = normals_of(element, seed, t, tensor_ids[i], math_dtype)
+        if numbers is None:
+            std = torch.tensor(sigma, dtype=math_dtype, device=p.device)
+        else:
+            std, live = numbers[0].to(math_dtype), live & (numbers[0] != 0)
+        noised = w.to(math_dtype) + std * xi
         if p.dtype not in (torch.float32, torch.float64):
-            bits = noise_rounding_bits(element.flatten(), seed, step, tensor_ids[i])
+            bits = noise_rounding_bits(element.flatten(), seed, t, tensor_ids[i])
             noised = stochastic_round(noised.flatten(), p.dtype, bits).reshape(n_rows, n_cols)
         p.detach().copy_(torch.where(live, noised.to(p.dtype), w).reshape(p.shape))
 
