@@ -297,7 +297,9 @@ __device__ __forceinline__ void add_to_live(const NoiseEntry& entry, int64_t beg
 // Blocks that the registers must leave room for on a multiprocessor: the most without spilling. The noise of a cut tensor
 // takes a block of random numbers for nearly each element, whose latency is for other warps to hide.
 template <class T>
-constexpr int kResidentNoise = sizeof(T) == 4 ? 4 : sizeof(T) == 8 ? 3 : 2;
+constexpr int kResidentNoise = sizeof(T) == 4   ? 4
+                               : sizeof(T) == 8 ? 3
+                                                : 2;
 
 template <class T, int Threads>
 __global__ void __launch_bounds__(Threads, kResidentNoise<T>) noise_kernel(const __grid_constant__ NoiseParcel parcel) {

@@ -183,10 +183,10 @@ class CyclePart:
         torch.autograd.graph.increment_version(self.params + self.states)
         flat = self.flat
         torch.ops.torsion.lookbehind_closing_planned_.default(
-            self.tables[False].address, CLOSING[last.rule]["number"], [SLOT[name] for name in last.streams], flat.shared,
-            flat.steps, flat.status, last.hyper, last.lrs, last.found_inf_on(self.alphas.device), last.max_grad_norm,
-            self.workspaces[False], self.tables[True].address, [SLOT[name] for name in blend.streams], self.alphas,
-            blend.hyper, self.workspaces[True],
+            self.tables[False].address, CLOSING[last.rule]["number"], [SLOT[name] for name in last.streams],
+            flat.shared, flat.steps, flat.status, last.hyper, last.lrs, last.found_inf_on(self.alphas.device),
+            last.max_grad_norm, self.workspaces[False], self.tables[True].address,
+            [SLOT[name] for name in blend.streams], self.alphas, blend.hyper, self.workspaces[True],
         )  # fmt: skip
         self._write_back()
 

@@ -29,7 +29,6 @@ class PassCycle(Cycle):
     _base: Any
     """A :class:`torsion.optim._planning.Planning`."""
 
-
     def __init__(self, base: Optimizer, settings: Settings) -> None:
         """Everything waits for the first phase."""
         super().__init__(base, settings)
