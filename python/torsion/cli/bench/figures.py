@@ -31,7 +31,8 @@ class Figure:
     Attributes:
         what: whose figure it is.
         list: the tensors, by name; an empty string where they do not matter.
-        unit: of ``value``: "x" (times the baseline), "bytes", "s", "%", "launches" or "gradients".
+        unit: of ``value``: "x" (times the baseline), "bytes", "s", "%", "launches", "gradients" or
+            "points".
         value: the median over the rounds; None where it could not be measured, ``note`` says why.
         against: the baseline of a ratio.
         p20, p80: the span of the middle three fifths of the rounds.
@@ -40,6 +41,7 @@ class Figure:
         evaluations: gradients of a cycle, counted; None for a step, which takes the one it finds.
         gigabytes_per_second: by those bytes.
         copy_percent: the same as a share of a copy's in the same rounds.
+        seeds: of whole training runs, which are not repeated.
         rounds, dropped: rounds that count, and those with a disturbed baseline.
         limit: what is asked of ``value``: at most this, or ``at_least``.
     """
@@ -62,6 +64,7 @@ class Figure:
     gigabytes_per_second: float | None = None
     copy_percent: float | None = None
     rounds: int = 0
+    seeds: int = 0
     dropped: int = 0
     limit: float | None = None
     at_least: bool = False
@@ -83,7 +86,7 @@ class Figure:
     @property
     def quotable(self) -> bool:
         """Whether enough rounds stand behind it; figures that are no medians over rounds always are."""
-        return self.unit != "x" or self.rounds >= QUOTABLE
+        return self.unit != "x" or self.rounds >= QUOTABLE or self.seeds > 0
 
     def as_dict(self) -> dict[str, Any]:
         """For a record."""

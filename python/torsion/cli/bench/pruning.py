@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 from collections.abc import Iterator
 
 import torch
@@ -14,6 +15,7 @@ from torsion.cli.bench.figures import Figure, Place
 from torsion.cli.bench.gate import GateError
 from torsion.cli.bench.lists import LISTS
 from torsion.cli.bench.problem import Gradients, attach, initial
+from torsion.cli.bench.timing import Percentiles
 from torsion.cli.bench.versus import Step, agree, versus
 from torsion.optim._perturbation import NoiseRows, Perturbation
 
@@ -21,6 +23,7 @@ __all__ = ["demp_figures"]
 
 _LR = 1e-7
 _RELATIVE = 1e-5
+_SEEDS = 5
 _DENSE, _READ, _ALONE = "dense", "one read", "AdaTAMW"
 
 
@@ -35,6 +38,7 @@ def demp_figures(place: Place) -> Iterator[Figure]:
     for dead in (0.5, 1.0):
         yield from _detection(place, dead)
     yield from _update(place)
+    yield from _training(place)
 
 
 def _ffn(place: Place, dead: float, limit: Limit, width: int = 512, hidden: int = 2048) -> Iterator[Figure]:
@@ -125,3 +129,33 @@ def _noised(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> Step:
         torsion.ops.demp_update_(params, none, none, none, none, columns, 5e-5, 0, 1, ids)
 
     return step
+
+
+def _training(place: Place) -> Iterator[Figure]:
+    """Whole runs of the demo's convolutional network on digits, dense and with DemP, over five seeds."""
+    from torsion.cli.demo.rates import best_choice
+    from torsion.cli.demo.registry import select
+    from torsion.cli.demo.shrinking import CONVOLUTIONAL
+    from torsion.cli.demo.training import Plan, Run, train
+
+    comparison = next(c for c in select("demp", "digits")["demp"] if c.task == CONVOLUTIONAL.name)
+    runs: dict[str, list[Run]] = {arm.name: [] for arm in comparison.arms}
+    data = CONVOLUTIONAL.load(place.device)
+    for seed in range(_SEEDS):
+        for arm in comparison.arms:
+            choice = best_choice(CONVOLUTIONAL.name, arm.name)
+            plan = Plan(CONVOLUTIONAL, arm, choice, seed, CONVOLUTIONAL.steps, place.device)
+            runs[arm.name].append(train(plan, data, lambda *_: None, lambda: False))
+    dense, pruned = runs.values()
+    where, note = f"digits, {_SEEDS} seeds", f"{CONVOLUTIONAL.steps} steps each; evaluations off the clock"
+    ratios = Percentiles.of(b.seconds / a.seconds for a, b in zip(dense, pruned, strict=True))
+    left = statistics.fmean(run.parameters_left / run.parameters for run in pruned)
+    accuracy = [statistics.fmean(run.final("accuracy") for run in group) for group in (dense, pruned)]
+    yield Figure.at(
+        place, "training with DemP", where, "x", Limit(0.5, ()), value=ratios.p50, against="dense", clock="wall time",
+        p20=ratios.p20, p80=ratios.p80, seconds=statistics.median(r.seconds for r in pruned),
+        baseline_seconds=statistics.median(r.seconds for r in dense), seeds=_SEEDS, note=note,
+    )  # fmt: skip
+    yield Figure.at(place, "training with DemP: parameters left", where, "%", Limit(20, ()), value=100 * left)
+    loss = accuracy[0] - accuracy[1]
+    yield Figure.at(place, "training with DemP: points of accuracy lost", where, "points", Limit(0.5, ()), value=loss)
