@@ -565,3 +565,24 @@ def test_audit_cases_name_every_argument(module):
     for case in cases:
         assert set(case["kernel"].arg_names) == set(case["signature"])
         assert {a for a, t in case["signature"].items() if t == "constexpr"} == set(case["constexprs"])
+
+
+@pytest.mark.parametrize("act", ["none", "relu", "gelu"])
+@pytest.mark.parametrize("compact", [False, True])
+def test_masked_linear_runs_on_triton_when_asked(monkeypatch, act, compact):
+    """Forward by the fused kernel, backward from what it saved: as without it, and NaN in dead inputs stays there."""
+    torch.manual_seed(0)
+    live_in, live_out = (torch.randperm(n)[: n // 3].sort()[0].to(torch.int32).to(DEVICE) for n in (24, 33))
+    x, w, b = torch.randn(9, 24), torch.randn(33, 24), torch.randn(33)
+    x, w, b = (t.to(DEVICE).requires_grad_() for t in (x, w, b))
+    with torch.no_grad():
+        dead = torch.ones(24, dtype=torch.bool, device=DEVICE).index_fill(0, live_in.long(), False)
+        x[:, dead] = torch.nan
+    given = x.detach()[:, live_in.long()].clone().requires_grad_() if compact else x
+    found = []
+    for backend in ("triton", ""):
+        monkeypatch.setenv("TORSION_BACKEND", backend)
+        y = torsion.ops.masked_linear(given, w, b, live_in, live_out, act, x_compact=compact, y_compact=compact)
+        found.append([y, *torch.autograd.grad(y.square().sum(), (given, w, b))])
+    for a, c in zip(*found, strict=True):
+        close(a, c, Row(0.0, scale=1e-5, why="float32 sums of at most 33 products, in another order"))

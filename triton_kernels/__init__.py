@@ -12,5 +12,9 @@ first import, on CPU tensors, for tests.
 ``table.py``     pointer tables: where the tensors lie, cut into chunks, cached between steps
 ``storage.py``   bfloat16 and float16 to float32 and back, to nearest or stochastically (types.h)
 ``philox.py``    the random bits of stochastic rounding (rules/philox.h)
+``normals.py``   standard normals from the same blocks (rules/philox_normal.h)
+``demp.py``      DemP's noise over lists of tensors
+``flags.py``     DemP's detector of live units
+``masked.py``    a linear layer on live units: gathers, product, activation and its bits in one kernel
 ===============  ======================================================================================
 """

@@ -18,7 +18,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "philox_normal": ("cuda", "triton", "cpu", "reference"),
     "demp_update_": ("cuda", "triton", "cpu", "reference"),
     "active_flags_": ("cuda", "triton", "cpu", "reference"),
-    "masked_linear": ("cpu", "reference"),
+    "masked_linear": ("cpu", "triton", "reference"),
     "masked_conv2d": ("cpu", "reference"),
 }
 """Ops that are not written for every back end -> those they are written for, the best first."""

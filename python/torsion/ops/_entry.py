@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from torsion.ops import _backends
 from torsion.ops._blocks import axis
 
 _library = torch.library.Library("torsion", "FRAGMENT")
@@ -55,6 +56,12 @@ def look_into(op: str, weight: Tensor, in_idx: Tensor | None, out_idx: Tensor | 
     for name, index in (("in_idx", in_idx), ("out_idx", out_idx)):
         if type(index) is Tensor:
             axis(op, name, index, index.shape[0], weight.device)
+
+
+def asks_for_triton(x: Tensor) -> bool:
+    """Whether TORSION_BACKEND says that Triton is to compute, and it can; it has no float64."""
+    asked = os.environ.get("TORSION_BACKEND") == "triton" and x.dtype != torch.float64
+    return asked and not _backends.obstacle("triton", x.device.type)
 
 
 def asks_for_reference() -> bool:

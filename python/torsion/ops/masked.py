@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -190,6 +191,11 @@ def _forward(
     x_compact: bool, y_compact: bool, save: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     rows = x.reshape(-1, x.shape[-1])
+    if _entry.asks_for_triton(x) and not _keeps_all(len(rows), weight, in_idx, out_idx, x_compact, y_compact):
+        _axes(weight, in_idx, out_idx)
+        kernels = importlib.import_module("torsion.triton_kernels.masked")
+        y, saved = kernels.masked_linear_forward(rows, weight, bias, in_idx, out_idx, act, x_compact, y_compact, save)
+        return y.view(*x.shape[:-1], y.shape[1]), saved
     linear = torch.ops.torsion.linear_forward if _compiled(x) else _plain_forward
     try:
         if act in ("none", "relu"):
