@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import itertools
 import json
@@ -16,7 +17,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 
 from torsion.cli import main
-from torsion.cli.demo import comparison, digits, grid, progress, rates, text
+from torsion.cli.demo import comparison, digits, grid, progress, rates, shrinking, text
 from torsion.cli.demo.arms import Choice, Strength
 from torsion.cli.demo.registry import METHODS, arms_on, select
 from torsion.cli.demo.tasks import UNDER_WEIGHT_NOISE, Metric, find_task, task_names
@@ -33,7 +34,8 @@ def _demo(out, *more):
 
 def _numbers(record):
     """Everything but times, which no seed fixes."""
-    return [{key: value for key, value in run.items() if key != "timing"} for run in record["runs"]]
+    runs = [run for part in record.get("networks", [record]) for run in part["runs"]]
+    return [{key: value for key, value in run.items() if key != "timing"} for run in runs]
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +98,11 @@ def _smaller(monkeypatch, seeds):
     monkeypatch.setattr(digits, "DIGITS", dataclasses.replace(digits.DIGITS, seeds=seeds, evaluations=1))
     small = dataclasses.replace(digits.WRONG_LABELS, seeds=seeds, evaluations=1, weight_noise=(0.0, 0.3))
     monkeypatch.setattr(digits, "WRONG_LABELS", small)
+    for name, build in (("CONVOLUTIONAL", shrinking.convolutional), ("PERCEPTRON", shrinking.perceptron)):
+        task = dataclasses.replace(
+            getattr(shrinking, name), build=functools.partial(build, 8), seeds=seeds, evaluations=1
+        )
+        monkeypatch.setattr(shrinking, name, task)
 
 
 def test_all_runs_every_method_into_a_directory_of_its_own(tmp_path, monkeypatch):
@@ -107,6 +114,9 @@ def test_all_runs_every_method_into_a_directory_of_its_own(tmp_path, monkeypatch
         assert record["settings"]["method"] == method
         assert len(record["runs"]) == optimizers
         assert (tmp_path / method / "digits.png").exists()
+    record = json.loads((tmp_path / "demp" / "results.json").read_text())
+    assert [len(network["runs"]) for network in record["networks"]] == [2, 2]
+    assert (tmp_path / "demp" / "digits.png").exists()
 
 
 @pytest.fixture(scope="module")
@@ -296,7 +306,8 @@ def test_every_arm_has_a_recorded_best_point_inside_its_grid(task):
         assert entry["steps"] == arm.steps(find_task(task).steps)
         assert entry.get("strength") == (arm.strength.name if arm.strength else None)
         best = rates.best_choice(task, arm.name)
-        assert rates.choice_of(grid._best(entry["grid"], metric)) == best
+        assert rates.choice_of(grid._best(entry["grid"], metric, entry.get("limit"))) == best
+        assert ("limit" in entry) == (arm.shrinking is not None)
         points = [rates.choice_of(point) for point in entry["grid"]]
         assert min(point.rate for point in points) < best.rate < max(point.rate for point in points)
         if arm.strength:
@@ -353,7 +364,7 @@ def test_schedule_warms_up_and_ends_at_zero():
 
 
 def _runs(name, values):
-    arm = next(arm for arm in select("tam", "digits")["tam"].arms if arm.name == name)
+    arm = next(arm for arm in select("tam", "digits")["tam"][0].arms if arm.name == name)
     plan = Plan(find_task("digits"), arm, Choice(0.1), 0, 1, torch.device("cpu"))
     return [
         Run(dataclasses.replace(plan, seed=seed), loss=[1.0], evaluations=[{"step": 1, "accuracy": value}])

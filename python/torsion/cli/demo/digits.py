@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from torsion.cli.demo.tasks import Batch, Data, Metric, Task, generator
 
-__all__ = ["DIGITS", "WRONG_LABELS"]
+__all__ = ["DIGITS", "WRONG_LABELS", "DigitsTask", "conv_block"]
 
-_BATCH = 32
 _CLASSES = 10
 _EVALUATED_AT_ONCE = 256  # all 899 leave the cache between two layers, which takes a quarter longer
 _SPLIT_SEED = 0  # the split is the same for every seed of a run, so that seeds differ in the training alone
@@ -28,7 +27,7 @@ _WRONG = 0.2
 
 
 class _Digits(Data):
-    def __init__(self, device: torch.device, tuning_fold: int | None, wrong: float) -> None:
+    def __init__(self, device: torch.device, tuning_fold: int | None, wrong: float, batch: int) -> None:
         # Imported by name: scikit-learn carries no types, and is needed by this task alone.
         load_digits = importlib.import_module("sklearn.datasets").load_digits
         selection = importlib.import_module("sklearn.model_selection")
@@ -50,8 +49,9 @@ class _Digits(Data):
             "split": "stratified, fixed" if tuning_fold is None else f"{_FOLDS} stratified folds of the training part",
             "training examples": len(train),
             "held-out examples": len(held_out),
-            "batch": _BATCH,
+            "batch": batch,
         }
+        self._batch = batch
         self._wrong = round(wrong * len(train))
         if wrong:
             self.facts["wrong labels"] = f"{self._wrong} of the training examples, drawn anew for each seed"
@@ -71,7 +71,7 @@ class _Digits(Data):
         shuffle = torch.Generator().manual_seed(seed)
         while True:
             order = self._train[torch.randperm(len(self._train), generator=shuffle)].to(self._labels.device)
-            for chosen in order[: len(order) // _BATCH * _BATCH].view(-1, _BATCH):
+            for chosen in order[: len(order) // self._batch * self._batch].view(-1, self._batch):
                 yield self._images[chosen], labels[chosen]
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -96,31 +96,48 @@ def _percent(scores: Tensor, labels: Tensor) -> float:
     return 100 * (scores.argmax(1) == labels).double().mean().item()
 
 
-def _block(inputs: int, outputs: int) -> list[nn.Module]:
+def conv_block(inputs: int, outputs: int) -> list[nn.Module]:
+    """A 3x3 convolution of the same size, BatchNorm and ReLU."""
     return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
 
 
+def _small() -> nn.Module:
+    return nn.Sequential(
+        *conv_block(1, 32),
+        *conv_block(32, 32),
+        nn.MaxPool2d(2),
+        *conv_block(32, 64),
+        *conv_block(64, 64),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, _CLASSES),
+    )
+
+
 @dataclass(frozen=True)
-class _DigitsTask(Task):
+class DigitsTask(Task):
+    """A network on the digits.
+
+    Attributes:
+        build: makes the network: images [N, 1, 8, 8] -> scores [N, 10].
+        batch: images per step.
+        wrong: share of the training images that get a wrong label.
+    """
+
+    build: Callable[[], nn.Module] = _small
+    batch: int = 32
     wrong: float = 0.0
 
     def load(self, device: torch.device, tuning_fold: int | None = None) -> Data:
-        return _Digits(device, tuning_fold, self.wrong)
+        """The data, see `Task.load`."""
+        return _Digits(device, tuning_fold, self.wrong, self.batch)
 
     def model(self) -> nn.Module:
-        return nn.Sequential(
-            *_block(1, 32),
-            *_block(32, 32),
-            nn.MaxPool2d(2),
-            *_block(32, 64),
-            *_block(64, 64),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(64, _CLASSES),
-        )
+        """A new network, see `Task.model`."""
+        return self.build()
 
 
-DIGITS = _DigitsTask(
+DIGITS = DigitsTask(
     name="digits",
     summary="handwritten digits, small ConvNet with BatchNorm",
     extra_modules=(("sklearn", "scikit-learn"),),

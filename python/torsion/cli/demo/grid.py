@@ -4,6 +4,10 @@ Rates are compared on parts of the training data that are held out for this alon
 reports was never used to choose. The task says by which metric, and the best mean over the seeds wins. Where an arm has
 a strength, every rate is tried with every strength. A best value at the edge of the grid is no answer, so the grid
 grows by its own factor until the best one has neighbours on both sides.
+
+An arm that prunes is chosen otherwise: of the points that are by no more than the task's tolerance worse than the dense
+arm at its best, the one that leaves the fewest parameters. Its other settings are then varied one at a time at that
+point, for the record; they were set by hand after a handful of such runs.
 """
 
 from __future__ import annotations
@@ -63,9 +67,12 @@ def _record_task(task: Task, args: argparse.Namespace, device: torch.device) -> 
         known = ", ".join(arm.name for arm in arms_on(task.name))
         raise UsageError(f"--arm {args.arm}: unknown on --task {task.name}; choose from {known}")
     for arm in arms:
-        grid = _search(Plan(_curveless(task), arm, Choice(arm.rates[0]), 0, arm.steps(steps), device), folds)
-        best = choice_of(_best(grid, task.chosen_by))
         record = load_record(args.out)
+        limit = _limit(task, record) if arm.shrinking else None
+        plan = Plan(_curveless(task), arm, Choice(arm.rates[0]), 0, arm.steps(steps), device)
+        grid = _search(plan, folds, limit)
+        best = choice_of(_best(grid, task.chosen_by, limit))
+        variations = _varied(dataclasses.replace(plan, choice=best), folds)
         record.setdefault(task.name, {})[arm.name] = {
             "best": best.rate,
             **({"best strength": best.strength, "strength": arm.strength.name} if arm.strength else {}),
@@ -75,6 +82,7 @@ def _record_task(task: Task, args: argparse.Namespace, device: torch.device) -> 
             "seeds": len(folds),
             "data": folds[0].facts,
             "environment": describe(device, [arm]),
+            **({"limit": limit, "variations": variations} if limit is not None else {}),
             "grid": grid,
         }
         args.out.write_text(_compact(record), encoding="utf-8")
@@ -87,7 +95,36 @@ def _curveless(task: Task) -> Task:
     return dataclasses.replace(task, evaluations=1, weight_noise=())
 
 
-def _search(plan: Plan, folds: list[Data]) -> list[dict[str, Any]]:
+def _limit(task: Task, record: dict[str, Any]) -> float:
+    """The worst mean that a pruned network may have: the dense one's at its best, with the task's tolerance."""
+    dense = record.get(task.name, {}).get("dense")
+    if dense is None:
+        raise UsageError(f"--arm: on --task {task.name} record dense first, which the others are measured by")
+    metric = task.chosen_by
+    best = statistics.fmean(_best(dense["grid"], metric)[metric.key])
+    return round(best - task.tolerance if metric.higher_is_better else best + task.tolerance, 5)
+
+
+def _varied(plan: Plan, folds: list[Data]) -> list[dict[str, Any]]:
+    """What becomes of the chosen point with one setting of the pruning at another value."""
+    shrinking = plan.arm.shrinking
+    if shrinking is None:
+        return []
+    points = []
+    for changed in (
+        dataclasses.replace(shrinking, noise_std=5e-5),
+        dataclasses.replace(shrinking, noise_std=4 * shrinking.noise_std),
+        dataclasses.replace(shrinking, span=shrinking.span * 3 / 4),
+        dataclasses.replace(shrinking, windows=shrinking.windows // 2),
+        dataclasses.replace(shrinking, windows=2 * shrinking.windows),
+        dataclasses.replace(shrinking, batches=2 * shrinking.batches),
+    ):
+        arm = dataclasses.replace(plan.arm, shrinking=changed)
+        points.append({"settings": changed.words, **_measure(dataclasses.replace(plan, arm=arm), folds)})
+    return points
+
+
+def _search(plan: Plan, folds: list[Data], limit: float | None = None) -> list[dict[str, Any]]:
     arm, metric = plan.arm, plan.task.chosen_by
     rates, strengths = list(arm.rates), list(arm.strength.values) if arm.strength else [0.0]
     measured: dict[tuple[float, float], dict[str, Any]] = {}
@@ -96,7 +133,7 @@ def _search(plan: Plan, folds: list[Data]) -> list[dict[str, Any]]:
             if place not in measured:
                 strength, rate = place
                 measured[place] = _measure(dataclasses.replace(plan, choice=Choice(rate, strength)), folds)
-        best = choice_of(_best(_in_order(measured), metric))
+        best = choice_of(_best(_in_order(measured), metric, limit))
         grown = _grow(rates, best.rate) or _grow(strengths, best.strength)
         if not grown or growth == _GROWTH_AT_MOST:
             break
@@ -128,16 +165,23 @@ def _measure(plan: Plan, folds: list[Data]) -> dict[str, Any]:
             # null, and its point cannot win.
             value = run.final(metric.key) if math.isfinite(run.final("loss")) else math.nan
             point.setdefault(metric.key, []).append(round(value, 5) if math.isfinite(value) else None)
+        if plan.arm.shrinking:
+            point.setdefault("parameters left", []).append(round(run.parameters_left / run.parameters, 5))
     print(f"{plan.task.name} {plan.arm.name} {json.dumps(point)}", file=sys.stderr, flush=True)
     return point
 
 
-def _best(grid: list[dict[str, Any]], metric: Metric) -> dict[str, Any]:
-    """The best point by the metric; of equally good ones the first."""
+def _best(grid: list[dict[str, Any]], metric: Metric, limit: float | None = None) -> dict[str, Any]:
+    """The best point by the metric, of equally good ones the first; with a limit, the smallest of those within it."""
     sound = [point for point in grid if None not in point[metric.key]]
     if not sound:
         raise UsageError("every rate diverged; lower the arm's rates in arms.py")
     sign = -1 if metric.higher_is_better else 1
+    within = [
+        point for point in sound if limit is not None and sign * (statistics.fmean(point[metric.key]) - limit) <= 0
+    ]
+    if within:
+        return min(within, key=lambda point: statistics.fmean(point["parameters left"]))
     return min(sound, key=lambda point: sign * statistics.fmean(point[metric.key]))
 
 
@@ -146,7 +190,7 @@ def _compact(record: dict[str, Any]) -> str:
     text = json.dumps(record, indent=2)
     for task in record.values():
         for entry in task.values():
-            for point in entry["grid"]:
+            for point in entry["grid"] + entry.get("variations", []):
                 spread_out = json.dumps(point, indent=2).replace("\n", "\n" + " " * 8)
                 text = text.replace(spread_out, json.dumps(point))
     return text + "\n"

@@ -25,9 +25,12 @@ __all__ = [
     "Colours",
     "cost_panel",
     "damping_panel",
+    "draw_runs",
+    "label_ends",
     "loss_panel",
     "metric_panel",
     "new_panel",
+    "note",
     "rates_panel",
     "weight_noise_panel",
 ]
@@ -52,7 +55,8 @@ def new_panel(figure: Figure, place: Any, title: str, xlabel: str) -> Axes:
     return axes
 
 
-def _note(axes: Axes, text: str) -> None:
+def note(axes: Axes, text: str) -> None:
+    """A line between title and panel."""
     axes.text(0, 1.025, text, transform=axes.transAxes, fontsize=8.5, color="#6a6a6a")
 
 
@@ -61,7 +65,7 @@ def _mean_curve(curves: Sequence[Sequence[float]]) -> list[float]:
     return [statistics.fmean(values) for values in zip(*curves, strict=False)]
 
 
-def _label_ends(axes: Axes, ends: list[tuple[float, float, str, str]], below: float = 0.075) -> None:
+def label_ends(axes: Axes, ends: list[tuple[float, float, str, str]], below: float = 0.075) -> None:
     """Write names at the right ends of curves, moved apart (in axes height) where they would touch."""
     to_axes = axes.transData + axes.transAxes.inverted()
     places = sorted(((float(to_axes.transform((x, y))[1]), text, colour) for x, y, text, colour in ends), reverse=True)
@@ -73,7 +77,9 @@ def _label_ends(axes: Axes, ends: list[tuple[float, float, str, str]], below: fl
         )
 
 
-def _draw(axes: Axes, curves: list[tuple[Sequence[float], Sequence[float]]], colour: str) -> tuple[float, float] | None:
+def draw_runs(
+    axes: Axes, curves: list[tuple[Sequence[float], Sequence[float]]], colour: str
+) -> tuple[float, float] | None:
     """Thin lines for the seeds, a thick one for their mean; returns where the mean ends."""
     if not curves:
         return None
@@ -106,15 +112,15 @@ def loss_panel(axes: Axes, outcome: Outcome, block: Block, colours: Colours) -> 
             (_horizontal(block, arm, range(1, len(run.loss) + 1)), smoothed(run.loss, outcome.window))
             for run in outcome.of(arm)
         ]
-        end = _draw(axes, list(curves), colours[arm.name])
+        end = draw_runs(axes, list(curves), colours[arm.name])
         if end:
             ends.append((*end, arm.name, colours[arm.name]))
-    _note(axes, f"cross-entropy in nats, logarithmic, mean over {outcome.window} steps")
+    note(axes, f"cross-entropy in nats, logarithmic, mean over {outcome.window} steps")
     axes.set_yscale("log")
     _limit(axes, outcome, block)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    _label_ends(axes, ends)
+    label_ends(axes, ends)
 
 
 def metric_panel(axes: Axes, outcome: Outcome, block: Block, colours: Colours, metric: Metric) -> None:
@@ -130,17 +136,17 @@ def metric_panel(axes: Axes, outcome: Outcome, block: Block, colours: Colours, m
             if run.evaluations
         ]
         seen += [value for _, values in curves for value in values if math.isfinite(value)]
-        end = _draw(axes, list(curves), colours[arm.name])
+        end = draw_runs(axes, list(curves), colours[arm.name])
         if end:
             ends.append((*end, f"{end[1]:.{metric.digits}f}", colours[arm.name]))
     examples = outcome.facts.get("held-out examples")
-    note = f"{metric.unit}, mean over seeds at the right" if len(outcome.settings["seeds"]) > 1 else f"{metric.unit}"
+    said = f"{metric.unit}, mean over seeds at the right" if len(outcome.settings["seeds"]) > 1 else f"{metric.unit}"
     first = metric is outcome.task.metrics[0]
-    _note(axes, f"{note}; one image of {examples} is {100 / examples:.2f}" if examples and first else note)
+    note(axes, f"{said}; one image of {examples} is {100 / examples:.2f}" if examples and first else said)
     _limit(axes, outcome, block)
     if seen:
         _zoom(axes, seen, metric.higher_is_better, [end[1] for end in ends])
-    _label_ends(axes, ends)
+    label_ends(axes, ends)
 
 
 def weight_noise_panel(axes: Axes, outcome: Outcome, block: Block, colours: Colours) -> None:
@@ -150,15 +156,15 @@ def weight_noise_panel(axes: Axes, outcome: Outcome, block: Block, colours: Colo
     heights = [height for run in outcome.runs for height in _under_noise(run)]
     for arm in block.arms:
         curves = [(levels, _under_noise(run)) for run in outcome.of(arm) if run.weight_noise]
-        end = _draw(axes, list(curves), colours[arm.name])
+        end = draw_runs(axes, list(curves), colours[arm.name])
         if end:
             ends.append((*end, f"{arm.name} {end[1]:.{metric.digits}f}", colours[arm.name]))
-    _note(axes, f"{metric.unit}, mean over {DRAWS} draws of the noise, the same for all")
+    note(axes, f"{metric.unit}, mean over {DRAWS} draws of the noise, the same for all")
     axes.set_xlim(0, levels[-1])
     axes.set_xticks(levels, [f"{level:g}" for level in levels])
     if heights:  # of all blocks, so that their panels have the same axis
         _zoom(axes, heights, metric.higher_is_better, [min(heights), max(heights)])
-    _label_ends(axes, ends)
+    label_ends(axes, ends)
 
 
 def _under_noise(run: Run) -> list[float]:
@@ -202,11 +208,11 @@ def rates_panel(axes: Axes, outcome: Outcome, colours: Colours) -> None:
     axes.set_xticks(sorted(tried), [f"{rate:g}" for rate in sorted(tried)])
     axes.minorticks_off()
     if outcome.several:  # more names than fit beside the points, and failed runs that would press the others together
-        _note(axes, f"recorded {metric.key} on held-out training data, best: large; dashed: longer runs")
+        note(axes, f"recorded {metric.key} on held-out training data, best: large; dashed: longer runs")
         _zoom(axes, drawn, metric.higher_is_better, [end[1] for end in ends])
-        _label_ends(axes, ends)
+        label_ends(axes, ends)
     else:
-        _note(axes, f"recorded {metric.key} on held-out parts of the training data")
+        note(axes, f"recorded {metric.key} on held-out parts of the training data")
         axes.margins(y=0.2)
         _label_below(axes, ends)
 
@@ -229,14 +235,14 @@ def damping_panel(axes: Axes, outcome: Outcome, colours: Colours) -> None:
         cosine = runs[0].observed["cosine"]
         heights = [(1 + value) / 2 for value in cosine]
         axes.scatter(range(1, len(cosine) + 1), heights, s=5, color=colours[arm.name], alpha=0.22, linewidths=0)
-        end = _draw(axes, _series(runs, "damping"), colours[arm.name])
+        end = draw_runs(axes, _series(runs, "damping"), colours[arm.name])
         if end:
             ends.append((*end, f"{end[1]:.2f}", colours[arm.name]))
     axes.axhline(0.5, color=_FAINT, linewidth=1, linestyle=(0, (4, 3)))
     axes.set_xlim(0, steps)
     axes.set_ylim(0, 1)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
-    _note(axes, "line: damping d, the factor on each new gradient; dots: (1 + cosine)/2 of single steps, first seed")
+    note(axes, "line: damping d, the factor on each new gradient; dots: (1 + cosine)/2 of single steps, first seed")
     meanings = (
         (0.96, "1: aligned with the momentum, taken in full"),
         (0.31, "dashed, 1/2: orthogonal, taken by half"),
@@ -244,7 +250,7 @@ def damping_panel(axes: Axes, outcome: Outcome, colours: Colours) -> None:
     )
     for height, text in meanings:
         axes.text(0.995, height, text, transform=axes.transAxes, ha="right", va="center", fontsize=8.5, color=_FAINT)
-    _label_ends(axes, ends)
+    label_ends(axes, ends)
 
 
 def _series(runs: Sequence[Run], name: str) -> list[tuple[Sequence[float], Sequence[float]]]:
@@ -262,7 +268,7 @@ def cost_panel(axes: Axes, outcome: Outcome, colours: Colours) -> None:
             0, row - 0.36, f"{arm.name}{_gradients(arm)}: optimizer {own:.2f} ms of {whole:.2f} ms",
             va="center", fontsize=9.5, fontweight="bold", color=colours[arm.name],
         )  # fmt: skip
-    _note(axes, "solid: optimizer.step() alone; pale: the whole training step")
+    note(axes, "solid: optimizer.step() alone; pale: the whole training step")
     axes.set_yticks([])
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)

@@ -26,12 +26,13 @@ class Bars:
             TimeRemainingColumn(elapsed_when_finished=True),
             console=Console(file=sys.stderr),
         )
-        width = max(len(plan.arm.name) for plan in plans)
+        names = [f"{plan.task.network}, {plan.arm.name}".removeprefix(", ") for plan in plans]
+        width = max(map(len, names))
         self._bars: list[TaskID] = [
             self._progress.add_task(
-                f"{plan.arm.name:<{width}} seed {plan.seed}", total=plan.steps, start=False, loss="-", rate="-"
+                f"{name:<{width}} seed {plan.seed}", total=plan.steps, start=False, loss="-", rate="-"
             )
-            for plan in plans
+            for name, plan in zip(names, plans, strict=True)
         ]
 
     def __enter__(self) -> Bars:

@@ -50,25 +50,33 @@ class Comparison:
         """The arms of all blocks."""
         return list({arm.name: arm for block in self.blocks for arm in block.arms}.values())
 
+    @property
+    def shrinks(self) -> bool:
+        """Whether an arm prunes its network."""
+        return any(arm.shrinking for arm in self.arms)
+
 
 @dataclass(frozen=True)
 class Method:
-    """A torsion method: the comparison it brings to each task it supports, by the task's name on the command line."""
+    """A torsion method: the comparisons it brings to each task it supports, by the task's name on the command line.
+
+    More than one where it is shown on several networks: they are trained one after the other and reported together.
+    """
 
     name: str
     summary: str
-    comparisons: Mapping[str, Comparison]
+    comparisons: Mapping[str, tuple[Comparison, ...]]
 
 
-def _one_block(task: str, *arms: Arm) -> Comparison:
-    return Comparison(task, (Block("steps", arms),))
+def _one_block(task: str, *arms: Arm) -> tuple[Comparison]:
+    return (Comparison(task, (Block("steps", arms),)),)
 
 
-def _two_blocks(task: str, *arms: Arm) -> Comparison:
+def _two_blocks(task: str, *arms: Arm) -> tuple[Comparison]:
     """Over as many epochs for every arm, then with as many gradients as the most expensive of them took."""
     most = max(arm.evaluations for arm in arms)
     spending = tuple(arm.spending(most) for arm in arms)
-    return Comparison(task, (Block("epochs", arms), Block("gradient evaluations", spending, in_gradients=True)))
+    return (Comparison(task, (Block("epochs", arms), Block("gradient evaluations", spending, in_gradients=True))),)
 
 
 METHODS: dict[str, Method] = {
@@ -90,11 +98,22 @@ METHODS: dict[str, Method] = {
                 "text": _two_blocks("text-short", known.ADAMW, known.LOOKBEHIND_ADAMW),
             },
         ),
+        Method(
+            "demp",
+            "demon pruning",
+            {
+                "digits": (
+                    *_one_block("digits-convolutional", known.DENSE_SGD, known.DEMP_CONVOLUTIONAL),
+                    *_one_block("digits-mlp", known.DENSE_SGD, known.DEMP_PERCEPTRON),
+                ),
+                "text": _one_block("text-relu", known.DENSE_ADAMW, known.DEMP_TRANSFORMER),
+            },
+        ),
     )
 }
 
 
-def select(method: str, task: str) -> dict[str, Comparison]:
+def select(method: str, task: str) -> dict[str, tuple[Comparison, ...]]:
     """The comparisons of one method, or of all registered ones, on a task; by the method's name."""
     if method != ALL and method not in METHODS:
         raise UsageError(f"--method {method}: not in this version; choose from {', '.join((*METHODS, ALL))}")
@@ -108,5 +127,6 @@ def select(method: str, task: str) -> dict[str, Comparison]:
 
 def arms_on(task: str) -> list[Arm]:
     """Every arm that some comparison trains on this task or variant."""
-    entries = [entry for method in METHODS.values() for entry in method.comparisons.values() if entry.task == task]
+    every = (entry for method in METHODS.values() for group in method.comparisons.values() for entry in group)
+    entries = [entry for entry in every if entry.task == task]
     return list({arm.name: arm for entry in entries for arm in entry.arms}.values())

@@ -1,4 +1,4 @@
-"""What a task is: a data set, a model and a measure of success. The tasks themselves: digits.py and text.py."""
+"""What a task is: a data set, a model and a measure of success. The tasks: digits.py, text.py, shrinking.py."""
 
 from __future__ import annotations
 
@@ -50,6 +50,10 @@ class Data(ABC):
         With `brief` the first one, and what costs nothing beside it.
         """
 
+    def inputs(self, seed: int) -> Iterator[Tensor]:
+        """An endless stream of training inputs without labels, in an order of its own: windows for dead units."""
+        return (inputs for inputs, _ in self.batches(zlib.crc32(f"windows {seed}".encode())))
+
 
 @dataclass(frozen=True)
 class Task(ABC):
@@ -68,6 +72,8 @@ class Task(ABC):
         variant_of: the task that a user asks for to get this one; None if that is its own name.
         weight_noise: relative levels of noise on the weights, at which the first metric of a finished model is measured
             once more.
+        network: what is trained, where a method compares on several networks.
+        tolerance: of the first metric, how much worse than dense the recorded search lets a pruned network be.
     """
 
     name: str
@@ -83,6 +89,8 @@ class Task(ABC):
     evaluations: int = 20
     variant_of: str | None = None
     weight_noise: tuple[float, ...] = ()
+    network: str = ""
+    tolerance: float = 0.0
 
     @property
     def chosen_by(self) -> Metric:
@@ -115,9 +123,10 @@ def generator(purpose: str, *numbers: int) -> torch.Generator:
 
 def _tasks() -> dict[str, Task]:
     from torsion.cli.demo.digits import DIGITS, WRONG_LABELS
+    from torsion.cli.demo.shrinking import CONVOLUTIONAL, PERCEPTRON, TRANSFORMER
     from torsion.cli.demo.text import SHORT, TEXT
 
-    return {task.name: task for task in (DIGITS, TEXT, WRONG_LABELS, SHORT)}
+    return {task.name: task for task in (DIGITS, TEXT, WRONG_LABELS, SHORT, CONVOLUTIONAL, PERCEPTRON, TRANSFORMER)}
 
 
 def task_names(variants: bool = False) -> list[str]:

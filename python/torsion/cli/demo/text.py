@@ -8,7 +8,7 @@ import math
 import platform
 import sysconfig
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torsion.cli.demo.tasks import Batch, Data, Metric, Task
 from torsion.cli.usage import UsageError
 
-__all__ = ["SHORT", "TEXT", "standard_library_files"]
+__all__ = ["GPT", "SHORT", "TEXT", "TextTask", "standard_library_files"]
 
 _CONTEXT = 128
 _BATCH = 8
@@ -103,26 +103,48 @@ class _Text(Data):
 
 
 class _Block(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, hidden: int, activation: nn.Module) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.activation = heads, activation
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3 * self.heads, -1)).transpose(1, 2).chunk(3, dim=1)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
-        down: Tensor = self.down(F.gelu(self.up(self.norm2(x))))
+        down: Tensor = self.down(self.activation(self.up(self.norm2(x))))
         return x + down
 
 
-class _GPT(nn.Module):
-    def __init__(self, layers: int, width: int, heads: int) -> None:
+def _gelu(units: int) -> nn.Module:
+    return nn.GELU()
+
+
+class GPT(nn.Module):
+    """A byte-level GPT: bytes [batch, context] of int64 -> scores [batch, context, 256].
+
+    Args:
+        layers: blocks of attention and feed-forward network.
+        width: of the residual stream.
+        heads: of the attention.
+        hidden: units of the feed-forward network, in multiples of the width.
+        activation: makes, for so many units, what stands behind them.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        width: int,
+        heads: int,
+        hidden: int = 4,
+        activation: Callable[[int], nn.Module] = _gelu,
+    ) -> None:
         super().__init__()
+        units = hidden * width
         self.token, self.position = nn.Embedding(256, width), nn.Embedding(_CONTEXT, width)
-        self.blocks = nn.Sequential(*(_Block(width, heads) for _ in range(layers)))
+        self.blocks = nn.Sequential(*(_Block(width, heads, units, activation(units)) for _ in range(layers)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 256, bias=False)
         for name, weight in self.named_parameters():
             if weight.dim() == 2:  # GPT-2's scheme: what writes into the residual stream starts smaller
@@ -132,21 +154,32 @@ class _GPT(nn.Module):
                 nn.init.zeros_(weight)
 
     def forward(self, inputs: Tensor) -> Tensor:
+        """The scores of the byte that follows each one."""
         x = self.token(inputs) + self.position.weight[: inputs.shape[1]]
         logits: Tensor = self.head(self.norm(self.blocks(x)))
         return logits
 
 
+def _small() -> nn.Module:
+    return GPT(layers=4, width=160, heads=4)
+
+
 @dataclass(frozen=True)
-class _TextTask(Task):
+class TextTask(Task):
+    """A language model on Python's own source; `build` makes it."""
+
+    build: Callable[[], nn.Module] = _small
+
     def load(self, device: torch.device, tuning_fold: int | None = None) -> Data:
+        """The data, see `Task.load`."""
         return _Text(device, tuning=tuning_fold is not None)  # files enough for one fold
 
     def model(self) -> nn.Module:
-        return _GPT(layers=4, width=160, heads=4)
+        """A new model, see `Task.model`."""
+        return self.build()
 
 
-TEXT = _TextTask(
+TEXT = TextTask(
     name="text",
     summary="Python's own source, byte-level GPT",
     extra_modules=(),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torsion.cli.demo.arms import Arm, Choice
+from torsion.cli.demo.pruner import Pruner, parameters_of
 from torsion.cli.demo.tasks import UNDER_WEIGHT_NOISE, Data, Task
 from torsion.cli.demo.weight_noise import under_weight_noise
 
@@ -53,26 +54,50 @@ class Run:
     weight_noise: dict[float, list[float]] = field(default_factory=dict)
     optimizer_ms: list[float] = field(default_factory=list)
     training_ms: list[float] = field(default_factory=list)
+    #: Of an arm that prunes: one entry per window, the first before training, with "step", "parameters" and "units".
+    sizes: list[dict[str, Any]] = field(default_factory=list)
+    #: Of each window, the cut included; apart from `training_ms`.
+    window_ms: list[float] = field(default_factory=list)
+    #: Where networks are pruned, of the finished model: layer -> units, and how many act; inference on one batch.
+    units: dict[str, int] = field(default_factory=dict)
+    live: dict[str, int] = field(default_factory=dict)
+    inference_ms: list[float] = field(default_factory=list)
     skipped_steps: int | None = None
+    #: As it stands after the last step made.
+    model: nn.Module | None = field(default=None, repr=False)
 
     @property
     def finished(self) -> bool:
         """Whether every planned step was made."""
         return len(self.loss) == self.plan.steps
 
+    @property
+    def parameters_left(self) -> int:
+        """Parameters after the last cut; all where nothing was cut."""
+        left: int = self.sizes[-1]["parameters"] if self.sizes else self.parameters
+        return left
+
     def final(self, metric: str) -> float:
         """The metric after the last step made; nan when it was not measured."""
         return self.evaluations[-1].get(metric, math.nan) if self.evaluations else math.nan
 
     def median_ms(self, which: str) -> float:
-        """Median of `optimizer_ms` or `training_ms`; nan when no step was timed."""
+        """Median of `optimizer_ms`, `training_ms` or `inference_ms`; nan when nothing was timed."""
         times: list[float] = getattr(self, which)
         return statistics.median(times) if times else math.nan
 
     @property
     def seconds(self) -> float:
-        """Time spent in training steps, evaluations of the metrics left out; from those steps that were timed."""
-        return 1e-3 * statistics.fmean(self.training_ms) * len(self.loss) if self.training_ms else math.nan
+        """Time spent in training steps and in windows, evaluations left out; from those steps that were timed."""
+        if not self.training_ms:
+            return math.nan
+        return 1e-3 * (statistics.fmean(self.training_ms) * len(self.loss) + sum(self.window_ms))
+
+    @property
+    def timed_steps(self) -> list[int]:
+        """The steps, from 1, that `training_ms` is of."""
+        every = _SAMPLE_ON_GPU if self.plan.device.type == "cuda" else 1
+        return [1 + every * index for index in range(len(self.training_ms))]
 
 
 def rate_factor(step: int, steps: int, warmup: int) -> float:
@@ -126,7 +151,7 @@ def train(plan: Plan, data: Data, progress: Callable[[int, float, float], None],
     """
     torch.manual_seed(plan.seed)
     model = plan.task.model().to(plan.device)
-    run = Run(plan, parameters=sum(weight.numel() for weight in model.parameters()))
+    run = Run(plan, parameters=parameters_of(model), model=model)
     with plan.arm.around(model):
         _loop(run, model, data, progress, stop)
     if run.finished and plan.task.weight_noise:
@@ -147,6 +172,8 @@ def _loop(
         optimizer, lambda step: rate_factor(step, plan.steps, plan.task.warmup)
     )
     batches = data.batches(plan.seed)
+    shrinking = plan.arm.shrinking
+    pruner = shrinking and Pruner(run, model, optimizer, data.inputs(plan.seed), shrinking)
     losses: list[Tensor] = []
     observed: dict[str, list[Tensor]] = {}
     evaluate_every = max(1, plan.steps // plan.task.evaluations)
@@ -168,6 +195,8 @@ def _loop(
         for name, value in plan.arm.observe(optimizer).items():
             observed.setdefault(name, []).append(value.detach().clone())
         made, stopping = index + 1, stop()
+        if pruner:
+            pruner.after_step(made)
         if made % evaluate_every == 0 or made == plan.steps or stopping:
             run.evaluations.append({"step": made, **data.evaluate(model, plan.seed)})
         if made % _REFRESH == 0 or made == plan.steps or stopping:
