@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import torsion
+from torsion.optim._perturbation import NoiseRows, Perturbation
 
 KINDS = {
     "float32": (torch.float32, {}),
@@ -56,9 +57,38 @@ def digest(optimizer: Any) -> str:
     return h.hexdigest()
 
 
+def perturbed(method: str, kind: str) -> Any:
+    """The optimizer with DemP's lasso on one tensor, and noise on live rows of one and on all of another."""
+    optimizer = build(method, kind)
+    params = optimizer.param_groups[0]["params"]
+    live = torch.tensor([1, 0, 1], dtype=torch.uint8)
+    noise = {params[1]: NoiseRows(55, live, None, 1), params[4]: NoiseRows(params[4].numel(), None, None, 4)}
+    optimizer._perturb(Perturbation({params[3]}, noise, 5, lasso=0.1, sigma=0.01, step=2))
+    return optimizer
+
+
+def adaptive(base: str) -> str:
+    """A hash of the weights after two outer steps whose last descent sums for the interpolation."""
+    torch.manual_seed(3)
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+    made = torch.optim.SGD(params, lr=0.1, momentum=0.9) if base == "SGD" else torsion.AdaTAMW(params, lr=0.01)
+    optimizer = torsion.Lookbehind(made, k=3, alpha="adaptive")
+    for t in range(8):
+        generator = torch.Generator().manual_seed(t)
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.descent_step() if t % 4 else optimizer.ascent_step()
+    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in params)).hexdigest()
+
+
 def all_digests() -> dict[str, str]:
-    """A digest for each method and storage type."""
-    found = {}
+    """A digest for each method and storage type, of steps with DemP, and of adaptive outer steps."""
+    found = {f"Lookbehind({base})": adaptive(base) for base in ("SGD", "AdaTAMW")}
+    for method in ("TAM", "AdaTAMW"):
+        for kind in ("float32", "float64", "bfloat16-stochastic"):
+            optimizer = perturbed(method, kind)
+            advance(optimizer, 0, 3)
+            found[f"{method} {kind} with DemP"] = digest(optimizer)
     for method in METHODS:
         for kind in KINDS:
             optimizer = build(method, kind)
