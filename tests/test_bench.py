@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 import torsion
 from torsion.cli import main
-from torsion.cli.bench import contestants, network, overhead, suite
+from torsion.cli.bench import contestants, layers, network, overhead, pruning, suite
 from torsion.cli.bench.comparisons import COMPARISONS, METHODS, Comparison, Limit
 from torsion.cli.bench.contestants import CONTESTANTS
 from torsion.cli.bench.figures import Figure, Place
@@ -60,7 +60,22 @@ def _refused(capsys, *words):
 def test_a_run_prints_every_contestant_and_writes_a_record_and_a_plot(capsys, tmp_path, toy):
     pytest.importorskip("matplotlib")
     record, plot = tmp_path / "record.json", tmp_path / "plot.png"
-    words = ["bench", "--list", "toy", "--threads", "1", "--rounds", "3", "--json", str(record), "--plot", str(plot)]
+    words = [
+        "bench",
+        "tam",
+        "adatam",
+        "lookbehind",
+        "--list",
+        "toy",
+        "--threads",
+        "1",
+        "--rounds",
+        "3",
+        "--json",
+        str(record),
+        "--plot",
+        str(plot),
+    ]
     assert main([*words, "--device", "cpu"]) == 0
     out, err = capsys.readouterr()
     assert "checking" in err
@@ -72,6 +87,43 @@ def test_a_run_prints_every_contestant_and_writes_a_record_and_a_plot(capsys, tm
     assert "not run: it takes too long for a test" in out
     assert plot.read_bytes().startswith(b"\x89PNG")
     _check_record(json.loads(record.read_text()))
+
+
+@pytest.fixture
+def brief(monkeypatch):
+    """Layers and networks that take seconds."""
+    monkeypatch.setattr(layers, "_ROWS", 8)
+    monkeypatch.setattr(layers, "_WIDTHS", (64, 96))
+    monkeypatch.setattr(pruning, "_TOKENS", 16)
+    monkeypatch.setattr(pruning, "_BATCH", 2)
+    monkeypatch.setattr(pruning, "_LIST", "tiny")
+    monkeypatch.setattr(pruning, "_SEEDS", 1)
+    monkeypatch.setattr(pruning, "_STEPS", 4)
+
+
+def test_layers_and_networks_are_timed_where_they_are_right(capsys, tmp_path, brief):
+    record = tmp_path / "record.json"
+    words = ["bench", "masked", "demp", "--threads", "1", "--rounds", "2", "--device", "cpu", "--json", str(record)]
+    assert main(words) == 0
+    capsys.readouterr()
+    figures = json.loads(record.read_text())["figures"]
+    found = {figure["what"] for figure in figures}
+    assert found >= {"masked linear, cached order", "masked linear, any order", "masked conv"}
+    assert found >= {"feed-forward, 50% dead, cut", "AdaTAMW, lasso and noise inside", "training with DemP"}
+    ideal = next(f for f in figures if f["what"] == "masked linear, cached order")
+    assert ideal["against"] == "0.0625 of dense"
+    assert ideal["value"] == pytest.approx(ideal["seconds"] / ideal["baseline_seconds"] / 0.0625, rel=0.9)
+
+
+def test_a_wrong_layer_is_not_reported(capsys, monkeypatch, brief):
+    right = torsion.ops.masked_linear
+    monkeypatch.setattr(
+        torsion.ops, "masked_linear", lambda x, w, b, *rest, **more: right(x, w, b, *rest, **more) * 1.01
+    )
+    assert main(["bench", "masked", "--threads", "1", "--rounds", "2", "--device", "cpu"]) == 1
+    out, err = capsys.readouterr()
+    assert "nothing is reported" in err
+    assert not out
 
 
 def _check_record(record):

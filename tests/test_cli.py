@@ -46,7 +46,7 @@ def test_help_goes_to_standard_output(capsys, words):
         (["demo", "--threads", "0"], "--threads", "at least 1"),
         (["demo", "--seed", "-1"], "--seed", "at least 0"),
         (["demo", "--task", "imagenet"], "--task", "digits"),
-        (["demo", "--method", "demp"], "--method", "tam"),
+        (["demo", "--method", "snip"], "--method", "tam"),
         (["demo", "--device", "tpu"], "--device", "cuda"),
         (["demo", "--step", "5"], "--step", "--help"),
     ],

@@ -326,7 +326,7 @@ __global__ void __launch_bounds__(Threads, kResident<Rule, T, Round>)
 
 // An update that adds up what the rule after it needs; the last block does that one's scalars.
 template <class Rule, class T, int Threads>
-__global__ void __launch_bounds__(Threads, kResident<Rule, T, Nearest>)
+__global__ void __launch_bounds__(Threads, 2)  // with room for a third the sums would spill
     update_and_sum_kernel(const __grid_constant__ Launch<Rule> launch,
                           const __grid_constant__ Launch<typename Rule::After> next,
                           const __grid_constant__ Numbers<typename Rule::After::Hyper> numbers) {

@@ -17,6 +17,7 @@ from torsion.cli.bench.versus import agree, versus
 __all__ = ["masked_figures"]
 
 _ROWS = 1024
+_WIDTHS = (1024, 2048)
 _RELATIVE = 1e-4
 """float32 sums of up to 2048 terms, in whatever order a library takes them (seen: 3e-6)."""
 _DENSE = "dense"
@@ -140,13 +141,13 @@ def masked_figures(place: Place) -> Iterator[Figure]:
         GateError: a masked layer computes something else than the dense one with zeros.
     """
     torch.manual_seed(0)
-    for n in (1024, 2048):
+    for n in _WIDTHS:
         for live in (0.25, 0.5):
             case = _Case(n, live, sorted=True)
             yield from _linear(place, case, "masked linear, cached order", Limit(1.4, ()), live * live, compact=True)
             yield from _linear(place, case, "the same, all of x and y", None, live * live)
-    for n, limit in ((512, 1 / 2.2), (1024, 1 / 2.5), (2048, 1 / 2.5)):
+    for n, limit in ((512, 1 / 2.2), *((n, 1 / 2.5) for n in _WIDTHS)):
         yield from _linear(place, _Case(n, 0.5, sorted=False), "masked linear, any order", Limit(limit, ()))
-    for n in (512, 2048):
+    for n in (512, _WIDTHS[-1]):
         yield from _linear(place, _Case(n, 1.0, sorted=True), "masked linear, all live", Limit(1.03, ()))
     yield from _conv(place)

@@ -23,7 +23,9 @@ __all__ = ["demp_figures"]
 
 _LR = 1e-7
 _RELATIVE = 1e-5
-_SEEDS = 5
+_TOKENS, _BATCH, _LIST = 2048, 64, "resnet18"
+_SEEDS, _STEPS = 5, 0
+"""Of whole trainings; 0 steps: the task's own."""
 _DENSE, _READ, _ALONE = "dense", "one read", "AdaTAMW"
 
 
@@ -48,7 +50,7 @@ def _ffn(place: Place, dead: float, limit: Limit, width: int = 512, hidden: int 
     with torch.no_grad():
         up.bias[torch.randperm(hidden)[: round(hidden * dead)]] = -100.0
     dense = nn.Sequential(up, nn.ReLU(), nn.Linear(hidden, width)).to(place.device)
-    x = torch.randn(2048, width, device=place.device)
+    x = torch.randn(_TOKENS, width, device=place.device)
     cut = copy.deepcopy(dense)
     live = torsion.prune.live_units(cut, [x])
     torsion.prune.compact(cut, live, x)
@@ -77,7 +79,7 @@ def _backward(model: nn.Module, x: Tensor) -> Step:
 def _detection(place: Place, dead: float) -> Iterator[Figure]:
     """The detector on 51 MB; a channel that is dead is read to its end."""
     torch.manual_seed(0)
-    y = torch.randn(64, 256, 28, 28, device=place.device).relu_()
+    y = torch.randn(_BATCH, 256, 28, 28, device=place.device).relu_()
     gone = torch.randperm(256)[: round(256 * dead)]
     y[:, gone.to(place.device)] = 0
     flags = torch.zeros(256, dtype=torch.uint8, device=place.device)
@@ -97,7 +99,7 @@ def _detection(place: Place, dead: float) -> Iterator[Figure]:
 
 def _update(place: Place) -> Iterator[Figure]:
     """Lasso on the scales and noise on every weight, inside the update and after it."""
-    tensors = LISTS["resnet18"]
+    tensors = LISTS[_LIST]
     gradients = Gradients(tensors, place.device)
     steps: dict[str, Step] = {}
     results: dict[str, list[Tensor]] = {}
@@ -116,7 +118,7 @@ def _update(place: Place) -> Iterator[Figure]:
     for step in steps.values():
         step()
     agree(inside, results[inside], results[after], 1e-6)
-    yield from versus(place, "resnet18", {_ALONE: steps[_ALONE]}, members, {inside: Limit(1.10, ())})
+    yield from versus(place, _LIST, {_ALONE: steps[_ALONE]}, members, {inside: Limit(1.10, ())})
 
 
 def _noised(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> Step:
@@ -140,14 +142,14 @@ def _training(place: Place) -> Iterator[Figure]:
 
     comparison = next(c for c in select("demp", "digits")["demp"] if c.task == CONVOLUTIONAL.name)
     runs: dict[str, list[Run]] = {arm.name: [] for arm in comparison.arms}
-    data = CONVOLUTIONAL.load(place.device)
+    data, steps = CONVOLUTIONAL.load(place.device), _STEPS or CONVOLUTIONAL.steps
     for seed in range(_SEEDS):
         for arm in comparison.arms:
             choice = best_choice(CONVOLUTIONAL.name, arm.name)
-            plan = Plan(CONVOLUTIONAL, arm, choice, seed, CONVOLUTIONAL.steps, place.device)
+            plan = Plan(CONVOLUTIONAL, arm, choice, seed, steps, place.device)
             runs[arm.name].append(train(plan, data, lambda *_: None, lambda: False))
     dense, pruned = runs.values()
-    where, note = f"digits, {_SEEDS} seeds", f"{CONVOLUTIONAL.steps} steps each; evaluations off the clock"
+    where, note = f"digits, {_SEEDS} seeds", f"{steps} steps each; evaluations off the clock"
     ratios = Percentiles.of(b.seconds / a.seconds for a, b in zip(dense, pruned, strict=True))
     left = statistics.fmean(run.parameters_left / run.parameters for run in pruned)
     accuracy = [statistics.fmean(run.final("accuracy") for run in group) for group in (dense, pruned)]
