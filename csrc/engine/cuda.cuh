@@ -239,9 +239,10 @@ __device__ __forceinline__ void take_ticket(unsigned* ticket, bool& last) {
   __threadfence();
 }
 
-// Resident blocks: with room for more, the loads of three streams or the scalars of the last block would spill.
+// Resident blocks: with room for more, the loads of three streams or the scalars of the last block would spill. DemP's
+// reduce holds two loops, and reads one stream more in one of them.
 template <class Rule>
-constexpr int kResidentReduce = summed_streams<Rule>().count <= 2 ? 4 : 3;
+constexpr int kResidentReduce = summed_streams<Rule>().count <= 2 && !Rule::kDemp ? 4 : 3;
 
 template <class Rule, class T, int Threads>
 __global__ void __launch_bounds__(Threads, kResidentReduce<Rule>)
@@ -289,8 +290,11 @@ constexpr int kResidentNarrow = n_streams<Rule> <= 3   ? 5
                                 : n_streams<Rule> < 8  ? 3
                                                        : 2;
 template <class Rule, class T, class Round>
-constexpr int kResident =
-    std::max(2, kResidentNarrow<Rule> - (Round::kRandom || sizeof(typename T::Math) == 8 ? 2 : 0));
+constexpr int kResident = [] {
+  constexpr bool wide = sizeof(typename T::Math) == 8;
+  constexpr int fewer = (Round::kRandom || Rule::kDemp || wide ? 2 : 0) + (Rule::kDemp && wide ? 1 : 0);
+  return std::max(2, kResidentNarrow<Rule> - fewer);
+}();
 
 template <class Rule, class T, class Round, int Threads>
 __global__ void __launch_bounds__(Threads, kResident<Rule, T, Round>)
