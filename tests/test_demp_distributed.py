@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from demp_runs import INPUTS, demp_of, everything, inputs, kill, mlp, revive, same, windows
+from test_demp_windows import experts
 from test_distributed import Workers, workers  # noqa: F401
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -103,6 +104,27 @@ def rank_empty(rank: int) -> None:
 
 def test_a_rank_without_batches(workers: Workers) -> None:  # noqa: F811
     workers.run(rank_empty)
+
+
+def rank_experts(rank: int) -> list[list[int]]:
+    """A layer that no example of one rank reached: the verdict is that of the other; where neither saw it, it lives."""
+    model = experts()
+    ddp = DistributedDataParallel(model)
+    demp = demp_of(ddp, torch.optim.SGD(ddp.parameters(), lr=0.1))
+    x = inputs(5000, 32)
+    x[:, 0] = x[:, 0].abs() * (1 if rank == 0 else -1)
+    cut = [[report.cut for report in demp.finish([x]).layers.values()]]
+    with torch.no_grad():
+        for up in model.up:
+            up.weight[1], up.bias[1] = 0.0, -1.0
+    x[:, 0] = x[:, 0].abs()
+    cut.append([report.cut for report in demp.finish([x]).layers.values()])
+    agree(model)
+    return cut
+
+
+def test_units_that_a_rank_has_not_seen(workers: Workers) -> None:  # noqa: F811
+    assert workers.run(rank_experts) == [[[1, 1], [1, 0]]] * 2
 
 
 def rank_padding(rank: int) -> list[int]:

@@ -118,7 +118,7 @@ class Noise:
         return entries
 
     def _live_entries(self, name: str, p: Tensor, dim: int, live: Tensor) -> list[Entry]:
-        flags = live.to(p.device, torch.uint8)
+        flags = live.flatten().to(p.device, torch.uint8)
         if dim == 0:
             return [self._entry(name, p, {"row_live": None if bool(live.all()) else flags})]
         # A transposed convolution: units along dimension 1, of each group of rows its own.

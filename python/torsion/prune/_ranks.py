@@ -128,7 +128,11 @@ class Group:
 
 
 def together(
-    group: Group | None, live: Mapping[str, Tensor], mean: Mapping[str, Tensor], batches: int
+    group: Group | None,
+    live: Mapping[str, Tensor],
+    mean: Mapping[str, Tensor],
+    seen: Mapping[str, Tensor],
+    batches: int,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
     """Masks OR-ed, mean activations averaged and batches summed over the ranks.
 
@@ -136,12 +140,14 @@ def together(
         group: the ranks, or None.
         live: bool masks by layer, the same layers on every rank.
         mean: mean absolute activations by layer, float64.
-        batches: batches this rank drew.
+        seen: bool masks by layer of the units that this rank evaluated; a unit that no rank did is live.
+        batches: batches with examples that this rank drew.
     """
     if group is None or not live:
         return dict(live), dict(mean), batches
     sizes = [live[name].numel() for name in live]
-    flags = torch.cat([live[name].to(torch.uint8) * int(batches > 0) for name in live])
+    unseen, dead = 0, 1  # 2: live, so that the largest of the ranks' verdicts holds
+    flags = torch.cat([torch.where(seen[name], live[name] + dead, unseen).to(torch.uint8) for name in live])
     sums = [(mean[name] if batches else torch.zeros_like(mean[name])) * batches for name in live]
     flags = group.reduced(flags, dist.ReduceOp.MAX)
     totals = group.reduced(
@@ -149,4 +155,4 @@ def together(
     )
     total = int(totals[-1])
     means = (totals[:-1] / max(total, 1)).split(sizes)
-    return dict(zip(live, flags.bool().split(sizes), strict=True)), dict(zip(live, means, strict=True)), total
+    return dict(zip(live, (flags != dead).split(sizes), strict=True)), dict(zip(live, means, strict=True)), total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from types import FrameType
@@ -50,6 +51,7 @@ class StepHooks:
         self._weight: float | Tensor = 0.0
         self._skips_before: Tensor | None = None
         self._running: FrameType | None = None  # the call of step() that lasso and noise belong to
+        self._new: dict[str, Tensor] = {}  # parameters of the last cut that a gradient is to reach
 
     def install(self, optimizer: Optimizer) -> Callable[[], object]:
         """Register the hooks; returns what removes them again, which also happens when this object goes.
@@ -76,6 +78,10 @@ class StepHooks:
         rows = live if self._settings.noise_mask == "row" else None
         self._noise = Noise(self._module, coordinates, rows)
         self._fused = None
+
+    def expect_gradients(self, params: Mapping[str, Tensor]) -> None:
+        """Warn at the next step if it meets no gradient in any of ``params``, which a cut made."""
+        self._new = dict(params)
 
     @_disable_dynamo
     @torch.no_grad()
@@ -136,6 +142,14 @@ class StepHooks:
         return Perturbation(scales=set(self.lasso.parameters()) if s.lasso else (), noise=noise, seed=self.seed)
 
     def _gradients_are_there(self) -> None:
+        new, self._new = self._new, {}
+        if new and all(p.grad is None for p in new.values()):
+            warnings.warn(
+                f"DemP: no gradient reached {next(iter(new))} or any other parameter that the last cut made, so that "
+                "they do not train; what computes with the old ones, such as a CUDA graph captured before the cut, "
+                "must be made anew",
+                stacklevel=2,
+            )
         if self._settings.lasso and self.lasso.in_kernel is None:
             self.lasso.add(self._weight)
         if self._settings.noise_mask == "grad" and self._settings.noise_std:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -125,16 +126,18 @@ class Structure:
             Parameter -> dimension, bool mask along it, on the CPU: True where the row belongs to a live unit of a layer
             in ``live``. Also of norms over several layers, which stand in no layer's ``rows``. For a grouped transposed
             convolution the mask is [groups, size of dimension 1], within the group that the row (dimension 0) is in.
+            Parameters without such a row are absent.
         """
         alive = torch.zeros(len(self.symbols.parent), dtype=torch.bool, device="cpu")
         for block in self.symbols.blocks.values():
             if block.layer in live:
                 alive[block.ids] = live[block.layer].cpu()
-        return {
+        masks = {
             use.name: (use.axis, (use.symbols >= 0) & alive[use.symbols.clamp(min=0)])
             for use in self.symbols.uses.values()
             if use.row and use.name in self.symbols.parameters
         }
+        return {name: (axis, mask) for name, (axis, mask) in masks.items() if bool(mask.any())}
 
     def shrink(self, kept: Tensor) -> None:
         """Forget cut units; ``kept`` is bool over symbols."""
@@ -228,9 +231,12 @@ def frozen(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; modes, buffers and random states are restored on the way out."""
     modes = [(m, m.training) for m in model.modules()]
     buffers = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_inference()]
+    held = [(m, dict(m._buffers)) for m in model.modules()]
     tensors = [*model.parameters(), *model.buffers()]
     cuda = sorted({t.device.index for t in tensors if t.device.type == "cuda" and t.device.index is not None})
     state = random.getstate()
+    numpy: Any = sys.modules.get("numpy")  # torch does without, and so do we
+    state_of_numpy = numpy.random.get_state() if numpy is not None else None
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=cuda))
         stack.enter_context(torch.inference_mode(False))
@@ -245,10 +251,14 @@ def frozen(model: nn.Module) -> Iterator[None]:
         finally:
             for module, mode in modes:
                 module.training = mode
+            for module, own in held:
+                module._buffers.update(own)
             for buffer, version, copy in buffers:
                 if buffer._version != version:
                     buffer.copy_(copy)
             random.setstate(state)
+            if numpy is not None:
+                numpy.random.set_state(state_of_numpy)
 
 
 def check_model(model: Any) -> None:

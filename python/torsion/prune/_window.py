@@ -27,14 +27,16 @@ class Window:
     """What a window of batches showed.
 
     Attributes:
-        live: layer -> bool mask over its units, on the CPU.
+        live: layer -> bool mask over its units, on the CPU; True where nothing is known.
         mean: layer -> float64 mean absolute activation of its units.
-        batches: how many were drawn; with 0 nothing is known, and masks are all True.
-        inputs: the batches.
+        seen: layer -> bool mask, where a unit was evaluated at all: a layer may not run, or run on no example.
+        batches: how many held examples; with 0 nothing is known.
+        inputs: the batches that were drawn.
     """
 
     live: dict[str, Tensor] = field(default_factory=dict)
     mean: dict[str, Tensor] = field(default_factory=dict)
+    seen: dict[str, Tensor] = field(default_factory=dict)
     batches: int = 0
     inputs: list[Any] = field(default_factory=list)
 
@@ -68,8 +70,7 @@ def observe(
             inputs.append(batch)
             _run(model, structure.symbols, batch, tally)
     structure.refresh()
-    live, mean = tally.result(structure)
-    return Window(live, mean, len(inputs), inputs)
+    return Window(*tally.result(structure), tally.batches, inputs)
 
 
 def live_units(
@@ -91,8 +92,8 @@ def live_units(
     Returns:
         Qualified name of each Linear or convolution that an activation follows, in forward order -> bool mask over its
         units, on the CPU. Convolutions that meet at an addition share one mask; a gated unit is named after the layer
-        whose output is activated. Layers that reach the model's output are absent. No batches: an empty dict and a
-        warning.
+        whose output is activated. Layers that reach the model's output are absent. No examples: an empty dict and a
+        warning. Units that none of the batches evaluates (experts without a token) count as live.
 
     Raises:
         ValueError: an unknown criterion, a negative tau, a sharded or scripted model.
@@ -111,7 +112,7 @@ def live_units(
         for batch in batches:
             _run(model, symbols, batch, tally)
     if not tally.batches:
-        warnings.warn("live_units: `batches` is empty, so nothing is known of any unit", stacklevel=2)
+        warnings.warn("live_units: `batches` is empty or without examples: nothing is known of any unit", stacklevel=2)
         return {}
     return tally.result(Structure(symbols))[0]
 
@@ -121,7 +122,7 @@ def _run(model: nn.Module, symbols: Symbols, batch: Any, tally: Tally) -> None:
         follower = follow(model, symbols, batch, tally.watch, slopes=tally.criterion == "saturation")
     except Exception as error:
         raise RuntimeError(
-            f"batch {tally.batches} of the window ({describe(batch)}): the model does not run on it in evaluation "
+            f"batch {tally.drawn} of the window ({describe(batch)}): the model does not run on it in evaluation "
             "mode: "
             f"{type(error).__name__}: {error}"
         ) from error
@@ -155,7 +156,8 @@ class Tally:
             raise ValueError(f"tau={tau!r}: must be finite and >= 0")
         self.criterion = criterion
         self.tau = tau
-        self.batches = 0
+        self.drawn = 0
+        self.batches = 0  # with examples
         self.live = torch.zeros(0, dtype=torch.bool, device="cpu")
         self.total = torch.zeros(0, dtype=torch.float64, device="cpu")
         self.count = torch.zeros(0, dtype=torch.float64, device="cpu")
@@ -194,39 +196,42 @@ class Tally:
             self.live.index_put_((ids[seen.flags.cpu()[pending.read] > 0],), torch.tensor(True, device="cpu"))
             self.total.index_add_(0, ids, total[pending.read])
             self.count.index_add_(0, ids, torch.full((len(ids),), float(seen.count), dtype=torch.float64, device="cpu"))
-        self.batches += 1
+        self.drawn += 1
+        self.batches += not follower.pendings or any(pending.stats.count for pending in follower.pendings)
 
     def _not_finite(self, where: Tensor, symbols: Symbols) -> str:
         for block in symbols.blocks.values():
             units = torch.isin(block.ids, where).nonzero().flatten().tolist()
             if units:
                 return (
-                    f"{block.layer}: the activation of unit {units[0]} is not finite in batch {self.batches} of the "
+                    f"{block.layer}: the activation of unit {units[0]} is not finite in batch {self.drawn} of the "
                     "window, "
                     "so nothing is measured or cut; look for NaN or Inf in the inputs and weights"
                 )
-        return f"an activation is not finite in batch {self.batches} of the window"
+        return f"an activation is not finite in batch {self.drawn} of the window"
 
-    def result(self, structure: Structure) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Masks and means of every layer; all live where no batch was seen."""
+    def result(self, structure: Structure) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """Masks, means, and which units were seen at all, of every layer; unseen ones live."""
         symbols = structure.symbols
         roots = symbols.roots()
         more = len(roots) - len(self.live)
         live, total, count = (torch.cat([t, t.new_zeros(more)]) for t in (self.live, self.total, self.count))
         by_class = torch.zeros(len(roots), dtype=torch.float64, device="cpu")
-        mean = by_class.index_add(0, roots, total) / by_class.index_add(0, roots, count).clamp(min=1)
+        counts = by_class.index_add(0, roots, count)
+        mean = by_class.index_add(0, roots, total) / counts.clamp(min=1)
         alive = by_class.index_add(0, roots, live.double()) > 0
-        masks, means = {}, {}
+        masks, means, seen = {}, {}, {}
         for block in symbols.blocks.values():
             if block.layer not in structure.layers:
                 continue
             own = roots[block.ids]
             means[block.layer] = mean[own]
+            seen[block.layer] = counts[own] > 0
             mask = alive[own]
             if self.criterion == "dormant":
                 mask = mean[own] > self.tau * mean[own].mean()
-            masks[block.layer] = mask | structure.layers[block.layer].protected | (self.batches == 0)
-        return masks, means
+            masks[block.layer] = mask | structure.layers[block.layer].protected | ~seen[block.layer]
+        return masks, means, seen
 
 
 def mark_active_(y: Tensor, flags: Tensor, channel_dim: int, criterion: str, tau: float) -> None:

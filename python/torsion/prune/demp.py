@@ -72,8 +72,8 @@ class DemP:
         seed: of the noise, in [0, 2^64); the same on all ranks. torch's generators are left alone.
 
     Attributes:
-        generation: cuts so far that changed the model. A captured CUDA graph belongs to one generation: after a
-            report that cut something its parameters are new tensors, so capture anew.
+        generation: cuts so far that changed the model. A captured CUDA graph belongs to one generation: capture anew
+            when this number has grown.
 
     Raises:
         ValueError: an argument out of range, an optimizer that does not hold the model's parameters, an unknown name in
@@ -83,6 +83,10 @@ class DemP:
 
     Data-parallel training: all ranks call :meth:`step`; flags are OR-ed over them, and the noise is the same on all.
     After a cut, :meth:`rewrap` gives the new DistributedDataParallel; the old one refuses to run.
+
+    A cut replaces the parameters that shrink by new ones, and what holds the old ones does not follow: hooks on
+    parameters, lists of them made for clipping, captured CUDA graphs. A step after a cut that meets no gradient in any
+    of the new ones warns. ``optimizer.step()`` itself cannot be captured, for lasso and noise change: it raises.
 
     torch.compile: a compiled model compiles once more after each cut; torch gives up after
     ``torch._dynamo.config.recompile_limit`` (8) of them, so raise that if more cuts are due.
@@ -234,10 +238,10 @@ class DemP:
             error = e
         self._agree(group, error, "a window")
         assert found is not None
-        live, mean, count = _ranks.together(group, found.live, found.mean, found.batches)
+        live, mean, count = _ranks.together(group, found.live, found.mean, found.seen, found.batches)
         if not count:
             warnings.warn(
-                "DemP: `batches` gave no batch, so the window is empty and nothing is cut; pass an iterable of model "
+                "DemP: `batches` gave no example, so the window is empty and nothing is cut; pass an iterable of model "
                 "inputs, or a function that returns one where an iterator runs only once",
                 stacklevel=4,
             )
@@ -295,6 +299,7 @@ class DemP:
         s, group = self._settings, self._wrapped.group()
         exact = s.tau == 0 and s.criterion in ("auto", "ever_active", "abs_max")
         snapshot = Snapshot([self._module, *self._also], self._optimizer, self._structure) if group else None
+        trained = {name for name, p in self._module.named_parameters() if p.grad is not None}
         error: Exception | None = None
         report = None
         try:
@@ -318,18 +323,14 @@ class DemP:
         self.generation += 1
         self._wrapped.retire()
         self._renew_noise()
+        trained &= report.kept.keys()
+        self._hooks.expect_gradients({n: p for n, p in self._module.named_parameters() if n in trained})
         return report
 
     def _renew_noise(self) -> None:
         """Tell the hooks of new masks, parameters or coordinates."""
-        rows: dict[str, tuple[int, Tensor]] = {}
-        for name, units in self._units.items():
-            layer = self._structure.layers.get(name)
-            for parameter, dim in layer.rows.items() if layer is not None else ():
-                # Of several layers that share a parameter, each keeps its rows awake.
-                live = units.live | rows[parameter][1] if parameter in rows else units.live
-                rows[parameter] = dim, live
-        self._hooks.renew(self._places, rows)
+        live = {name: units.live for name, units in self._units.items()}
+        self._hooks.renew(self._places, self._structure.row_masks(live))
 
     # Checkpoints
 
@@ -361,8 +362,7 @@ class DemP:
         After an exception nothing has changed.
         """
         units, seed, step, window_at = self._restored(state_dict)
-        keep = {name: torch.isin(self._units[name].kept, new.kept) for name, new in units.items()}
-        self._cut(self._with_excluded(keep), [])
+        # Before the cut: where warnings are errors nothing may have changed.
         for name, value in asdict(self._settings).items():
             saved = state_dict["settings"].get(name, value)
             if saved != value:
@@ -370,6 +370,8 @@ class DemP:
                     f"DemP: {name}={value!r} here, {saved!r} in the checkpoint; the constructor's value holds",
                     stacklevel=2,
                 )
+        keep = {name: torch.isin(self._units[name].kept, new.kept) for name, new in units.items()}
+        self._cut(self._with_excluded(keep), [])
         self._units, self._window_at, self._inputs = units, window_at, []
         self._hooks.seed = seed
         self._hooks.counter.set(step)
