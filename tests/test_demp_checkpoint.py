@@ -287,3 +287,34 @@ def test_parameters_in_another_order():
     demp = demp_of(model, torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(ValueError, match=r"a\.weight: stands where this model has b\.weight"):
         demp.load_state_dict(saved)
+
+
+class Wired(nn.Module):
+    """Two layers behind each other; with ``shortcut`` what they make meets at an addition."""
+
+    def __init__(self, shortcut):
+        super().__init__()
+        self.a, self.b, self.out, self.shortcut = nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, 2), shortcut
+
+    def forward(self, x):
+        x = torch.relu(self.a(x))
+        y = self.b(x)
+        return self.out(torch.relu(x + y if self.shortcut else y))
+
+
+def test_a_model_of_the_same_parameters_wired_otherwise():
+    """Its ties would keep more units than the checkpoint says: refused before anything is cut."""
+    saved = of(Wired(shortcut=False).double())
+    for name, units in (("a", [0, 1, 2]), ("b", [2, 3, 4])):
+        for key in ("kept", "live", "dead_windows", "mean"):
+            saved["layers"][name][key] = saved["layers"][name][key][units]
+    model = Wired(shortcut=True).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    demp = demp_of(model, optimizer)
+    before = demp.state_dict()
+    with pytest.raises(ValueError, match=r"^a: the checkpoint keeps 3 units, but 5 must stay.*cut together with"):
+        unchanged(model, optimizer, lambda: demp.load_state_dict(saved))
+    assert same(demp.state_dict(), before)
+    saved["layers"]["b"] = saved["layers"]["a"]
+    demp.load_state_dict(saved)
+    assert (model.a.out_features, model.b.in_features, model.b.out_features) == (3, 3, 3)

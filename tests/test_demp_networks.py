@@ -210,6 +210,51 @@ def test_a_scale_without_loss_shrinks_by_the_lasso_alone() -> None:
     assert demp.steps_taken == 8
 
 
+# Optimizers of a single cut
+
+
+@pytest.mark.parametrize("cls", [torsion.Lookbehind, torsion.SAM], ids=lambda c: c.__name__)
+def test_compact_takes_a_sharpness_aware_optimizer_along_between_outer_steps(cls: Any) -> None:
+    model, x = mlp(), inputs()
+    optimizer = cls(torch.optim.AdamW(model.parameters(), lr=0.01))
+
+    def closure() -> Tensor:
+        return backward(model, 0)
+
+    for _ in range(2):
+        kill(model, 0, 1)
+        optimizer.step(closure)
+    kill(model, 0, 1)
+    live = live_units(model, [x])
+    closure()
+    optimizer.ascent_step()
+    held = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"compact\(\): an outer step is open, descent_step\(\) is expected"):
+        compact(model, live, x, optimizer)
+    assert same(held, [p.detach() for p in model.parameters()])
+    optimizer.abandon()
+    assert compact(model, live, x, optimizer).layers["0"].cut == 1
+    weight = model[0].weight.detach().clone()
+    optimizer.step(closure)
+    assert (model[0].weight.detach() != weight).any()
+    for p in model.parameters():
+        assert optimizer.base_optimizer.state[p]["exp_avg"].shape == p.shape
+
+
+def test_an_optimizer_that_shards_its_state_is_refused() -> None:
+    class ZeroRedundancyOptimizer(torch.optim.SGD):
+        """Stands for torch's, which wants a process group."""
+
+    model, x = mlp(), inputs()
+    kill(model, 0, 1)
+    live = live_units(model, [x])
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), lr=0.1)
+    for call in (lambda: compact(model, live, x, optimizer), lambda: demp_of(model, optimizer)):
+        with pytest.raises(TypeError, match=r"optimizer is ZeroRedundancyOptimizer, which shards.*plain optimizer"):
+            call()
+    assert model[0].out_features == 8
+
+
 # Names
 
 

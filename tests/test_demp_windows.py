@@ -221,6 +221,27 @@ def test_a_layer_that_is_dead_as_a_whole_keeps_one_unit() -> None:
     assert model[3].in_features == 1
 
 
+class Sampling(nn.Module):
+    """Draws in its forward, in evaluation mode too, as a variational model does; the smaller one draws as much."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x)
+        return y + torch.randn_like(y)
+
+
+def test_outputs_that_are_drawn_are_compared_on_the_same_draws() -> None:
+    model = Sampling()
+    demp = demp_of(model, adamw(model), window=3)
+    kill(model.body, 0, 1)
+    report = demp.finish(windows())
+    assert report.layers["body.0"].cut == 1
+    assert report.max_difference < 1e-12
+
+
 # Windows that fail
 
 

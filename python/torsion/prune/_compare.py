@@ -30,8 +30,13 @@ def _exact(model: nn.Module) -> Iterator[None]:
 
 def run(model: nn.Module, inputs: Sequence[Any]) -> list[list[Tensor]]:
     """Floating point outputs on each of ``inputs``, in evaluation mode."""
+    return [_run(model, x) for x in inputs]
+
+
+def _run(model: nn.Module, x: Any) -> list[Tensor]:
+    # Each input on its own: a model that draws numbers draws the same for it before and after the cut.
     with frozen(model), _exact(model):
-        return [[t.clone() for t in reachable(call(model, x)) if t.is_floating_point()] for x in inputs]
+        return [t.clone() for t in reachable(call(model, x)) if t.is_floating_point()]
 
 
 def difference(
@@ -46,7 +51,7 @@ def difference(
     coarsest = max((_allowed(p, tolerance) for p in model.parameters()), default=0.0)
     for x, old in zip(inputs, before, strict=True):
         try:
-            (new,) = run(model, [x])
+            new = _run(model, x)
         except Exception as error:
             raise RuntimeError(
                 f"the model with fewer units does not run on {describe(x)} ({type(error).__name__}: {error}); "

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from torsion.optim import Lookbehind
 from torsion.prune import _compare
+from torsion.prune._demp_checks import unsharded
 from torsion.prune._keep import align_and_keep, kept_classes
 from torsion.prune._ranks import unwrapped, wrapper
 from torsion.prune._report import LayerReport, Report
@@ -108,7 +110,7 @@ def compact(
             missing layer counts as all live; an all-dead one keeps one unit.
         example_inputs: a tensor, a tuple or list of positional arguments or a dict of keyword arguments; outputs before
             and after are compared on them.
-        optimizer: its groups and state follow the cut.
+        optimizer: its groups and state follow the cut. A Lookbehind or SAM between outer steps only.
         align: kept counts are rounded up to a multiple of it, capped at the width, >= 1.
         also: modules cut alike, such as an EMA copy.
 
@@ -121,7 +123,8 @@ def compact(
             sharded model, an optimizer or a copy that cannot follow.
         TypeError: arguments of the wrong kind.
         RuntimeError: the model does not run on ``example_inputs``, or its outputs there change by more than the
-            tolerance (1e-10 in float64, 1e-4 in float32, 5e-2 in half precision, times the largest output).
+            tolerance (1e-10 in float64, 1e-4 in float32, 5e-2 in half precision, times the largest output); an open
+            outer step of Lookbehind.
 
     After an exception model and optimizer are what they were, bit for bit.
     """
@@ -133,6 +136,10 @@ def compact(
     check_masks(live)
     if optimizer is not None and not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer={type(optimizer).__name__}: must be a torch.optim.Optimizer")
+    if optimizer is not None:
+        unsharded(optimizer)
+    if isinstance(optimizer, Lookbehind):
+        optimizer._refuse_open("compact()")
     check_model(model)
     if wrapper(model) is not None:
         raise ValueError(

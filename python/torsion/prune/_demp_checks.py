@@ -104,8 +104,7 @@ def optimizer(given: object, module: nn.Module) -> None:
             f"optimizer is {kind}, a sharpness-aware one with several gradients a step: the lasso would have to enter "
             "each of them; give DemP a plain optimizer such as SGD, AdamW or torsion.TAM"
         )
-    if any(cls.__name__ == "ZeroRedundancyOptimizer" for cls in type(given).__mro__):
-        raise TypeError(f"optimizer is {kind}, which shards its state over the ranks; give DemP the optimizer in it")
+    unsharded(given)
     held = {id(p) for group in given.param_groups for p in group["params"]}
     missing = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in held]
     if missing:
@@ -114,6 +113,15 @@ def optimizer(given: object, module: nn.Module) -> None:
             f"{missing[0]}{more}: not in the optimizer ({kind}), so its state could not follow a cut; build the "
             "optimizer from model.parameters() of this very model, and freeze what is not trained with "
             "requires_grad_(False)"
+        )
+
+
+def unsharded(given: Optimizer) -> None:
+    """Raise TypeError for an optimizer whose state this process holds only in part."""
+    if any(cls.__name__ == "ZeroRedundancyOptimizer" for cls in type(given).__mro__):
+        raise TypeError(
+            f"optimizer is {type(given).__name__}, which shards its state over the ranks, so that it cannot follow a "
+            "cut; use a plain optimizer such as SGD or AdamW"
         )
 
 
@@ -155,6 +163,16 @@ def cuttable(layers: Mapping[str, Any], excluded: set[str]) -> None:
     for name, layer in layers.items():
         if layer.refused and name not in excluded:
             raise ValueError(f"{name}: {layer.refused}; keep it whole with exclude=({name!r},)")
+
+
+def cut_together(keep: Mapping[str, Tensor], possible: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where a checkpoint's ``keep`` is not what the model's ties and groups make ``possible``."""
+    for name, mask in keep.items():
+        if not mask.equal(possible[name]):
+            raise ValueError(
+                f"{name}: the checkpoint keeps {int(mask.sum())} units, but {int(possible[name].sum())} must stay for "
+                "the layers they are cut together with here; load the checkpoint of the same model"
+            )
 
 
 def modules(given: Any) -> tuple[nn.Module, ...]:

@@ -134,7 +134,6 @@ class DemP:
         self._also = tuple(map(_ranks.unwrapped, _demp_checks.modules(also)))
         _demp_checks.cut_alike(self._also, self._module)
         self._wrapped = _ranks.Wrapped(_ranks.wrapper(model))
-        self._example_inputs = example_inputs
         self._structure = trace(self._module, example_inputs)
         self._excluded = _demp_checks.excluded(exclude, self._module, self._structure.layers)
         _demp_checks.cuttable(self._structure.layers, self._excluded)
@@ -362,6 +361,9 @@ class DemP:
         After an exception nothing has changed.
         """
         units, seed, step, window_at = self._restored(state_dict)
+        keep = {name: torch.isin(self._units[name].kept, new.kept) for name, new in units.items()}
+        keep = self._with_excluded(keep)
+        _demp_checks.cut_together(keep, align_and_keep(self._structure, keep))
         # Before the cut: where warnings are errors nothing may have changed.
         for name, value in asdict(self._settings).items():
             saved = state_dict["settings"].get(name, value)
@@ -370,8 +372,7 @@ class DemP:
                     f"DemP: {name}={value!r} here, {saved!r} in the checkpoint; the constructor's value holds",
                     stacklevel=2,
                 )
-        keep = {name: torch.isin(self._units[name].kept, new.kept) for name, new in units.items()}
-        self._cut(self._with_excluded(keep), [])
+        self._cut(keep, [])
         self._units, self._window_at, self._inputs = units, window_at, []
         self._hooks.seed = seed
         self._hooks.counter.set(step)
