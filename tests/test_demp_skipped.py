@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from demp_runs import adamw, advance, backward, demp_of, inputs, kill, mlp, same, windows
+from demp_runs import adamw, advance, backward, demp_of, everything, inputs, kill, mlp, same, windows
 from test_no_sync import Sync, no_sync
 from torch import nn
 
@@ -66,6 +66,30 @@ def test_scaled_gradients_get_the_lasso_times_their_scale(kind):
         assert demp.steps_taken == 5
         runs.append([p.detach().clone() for p in model.parameters()])
     assert same(*runs), "a power of two changes no bit"
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_scaler_goes_on_through_a_cut(kind):
+    """It knows of optimizers, not of parameters: what it counted before a cut holds, and steps are as without it."""
+    runs = []
+    for scale in (1.0, 2.0**8):
+        model = mlp(dtype=torch.float32)
+        optimizer = OPTIMIZERS[kind](model.parameters())
+        demp = demp_of(model, optimizer, noise_std=0.05)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale != 1.0, growth_interval=6)
+        kill(model, 0, 1, 5)
+        for step in range(9):
+            if scale == 1.0 and step == 2:
+                model(inputs(2, dtype=torch.float32))  # the running statistics see the batch of a skipped step
+                continue
+            scaled_steps(model, optimizer, (step,), {2}, scaler)
+            demp.step(windows(torch.float32))
+        assert demp.generation == 1
+        assert demp.steps_taken == 8
+        runs.append(everything(model)["model"])
+    assert scaler.get_scale() == 2.0**8, "halved at the overflow, doubled six steps later"
+    assert runs[0]["0.weight"].shape[0] == 6
+    assert same(*runs)
 
 
 def test_torsions_optimizers_skip_without_a_scaler():
