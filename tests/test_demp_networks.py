@@ -51,6 +51,39 @@ def test_every_network_is_cut_with_its_optimizer_and_its_copy(name: str, align: 
     assert demp.steps_taken == 2
 
 
+@pytest.mark.parametrize("name", ["dense", "mobile", "up", "gated", "rms", "groups", "shuffle", "encoder"])
+def test_every_network_resumes_with_the_same_bits(name: str) -> None:
+    """Edge case 10: through cuts before and after the stop, from a full-size model."""
+
+    def start() -> tuple[Any, ...]:
+        model, x = build(name, 1)
+        optimizer = torsion.TAM(model.parameters(), lr=0.02)
+        rule = {"criterion": "dormant", "tau": 0.6, "window": 1, "prune_every": 2}
+        demp = torsion.DemP(model, optimizer, x, total_steps=9, noise_std=0.02, lasso=0.05, **rule)
+        return demp, model.eval(), optimizer, x
+
+    def train(run: tuple[Any, ...], steps: int) -> None:
+        demp, model, optimizer, x = run
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+            demp.step([x])
+
+    first = start()
+    train(first, 3)
+    assert first[0].generation == 1
+    saved = copy.deepcopy([part.state_dict() for part in first[:3]])
+    train(first, 4)
+    second = start()
+    for part, state in zip(second, saved, strict=False):
+        part.load_state_dict(state)
+    train(second, 4)
+    assert same(first[1].state_dict(), second[1].state_dict())
+    assert same(first[0].state_dict(), second[0].state_dict())
+    assert first[1](first[3]).equal(second[1](first[3]))
+
+
 def test_attention_stream_embedding_and_logits_stay() -> None:
     """Edge cases 6 to 8: of a transformer only the hidden units of the feed-forward block are DemP's."""
     model, tokens = build("attention")
