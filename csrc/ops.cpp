@@ -57,10 +57,11 @@ STABLE_TORCH_LIBRARY(torsion, m) {
   // What masked layers do beside their products; [rows, columns] or [rows, columns, inner] (cpu/blocks.h).
   m.def(
       "linear_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? in_idx, Tensor? out_idx, bool relu, "
-      "bool x_compact, bool y_compact) -> (Tensor, Tensor)");
+      "bool x_compact, bool y_compact, bool dense) -> (Tensor, Tensor)");
   m.def(
       "linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor bits, Tensor? in_idx, Tensor? out_idx, bool relu, "
-      "bool x_compact, bool y_compact, bool want_x, bool want_weight, bool want_bias) -> (Tensor, Tensor, Tensor)");
+      "bool x_compact, bool y_compact, bool dense, bool want_x, bool want_weight, bool want_bias) -> (Tensor, Tensor, "
+      "Tensor)");
   m.def("gather_blocks(Tensor from_, Tensor? rows, Tensor? columns) -> Tensor");
   m.def("scatter_blocks_(Tensor(a!) to, Tensor from_, Tensor? rows, Tensor? columns) -> ()");
   m.def("index_kind(Tensor index, int end) -> int");

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ if not torch.cuda.is_available():
 from helpers import TARGETS, Target
 from hypothesis import HealthCheck, settings
 
-from torsion.ops import _backends
+from torsion.ops import _backends, _policy
 
 # A test that fails by chance is a bug, so hypothesis draws the same examples each time and keeps no database.
 # Fixtures here are stateless, so that examples may share them.
@@ -49,6 +50,12 @@ def target(request: pytest.FixtureRequest) -> Target:
 def fast_target(request: pytest.FixtureRequest) -> Target:
     """Every back end that runs at speed: all but interpreted Triton."""
     return request.param
+
+
+@pytest.fixture(params=[0.0, math.inf], ids=["gathers", "dense"])
+def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masked layers leave out what is dead, or compute it with zeros in the weight, whatever is cheaper."""
+    monkeypatch.setattr(_policy, "_per_move", lambda *_: request.param)
 
 
 @pytest.fixture(params=_params([t for t in TARGETS if t.backend in ("cpu", "cuda")]))

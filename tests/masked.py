@@ -42,31 +42,36 @@ def leaves(*tensors):
 
 
 def check(op, reference, tensors, i, o, k, n, channel, dtype, **options):
-    """Values and gradients, with NaN planted wherever something is dead."""
+    """Values and gradients, with NaN, then with finite rubbish planted wherever something is dead."""
     wide = torch.float64
     x, w, b = tensors
     expected = leaves(*(None if t is None else t.to(wide) for t in (x, w)), *([] if b is None else [b.to(wide)]))
     y64 = reference(*expected, *([None] if b is None else []), i, o, **options)
     dy = torch.randn(y64.shape, dtype=wide).to(dtype)
     y64.backward(dy.to(wide))
-    x, w, b = x.clone(), w.clone(), b if b is None else b.clone()
-    dy = dy.clone()
-    x.movedim(channel, 0)[dead(k, i)] = torch.nan
-    dy.movedim(channel, 0)[dead(n, o)] = torch.nan
-    w[dead(n, o)] = torch.nan
-    if w.shape[1] == k:
-        w[:, dead(k, i)] = torch.nan
-    if b is not None:
-        b[dead(n, o)] = torch.nan
-    found = [t.requires_grad_() for t in (x, w, b) if t is not None]
-    y = op(*found, *([None] if b is None else []), i, o, **options)
-    y.backward(dy)
     row = SUMS[dtype]
-    assert y.dtype == dtype
-    close(y, y64, row, "y")
-    for t, e, name in zip(found, expected, ("dx", "dw", "db"), strict=False):
-        close(t.grad, e.grad, row, name)
-        assert t.grad.dtype == dtype
-    assert not y.movedim(channel, 0)[dead(n, o)].any()
-    assert not x.grad.movedim(channel, 0)[dead(k, i)].any()
-    assert not w.grad[dead(n, o)].any()
+    for rubbish in (torch.nan, 3.0):
+        planted = [None if t is None else t.clone() for t in (x, w, b, dy)]
+        plant(planted, i, o, k, n, channel, rubbish)
+        found = [t.requires_grad_() for t in planted[:3] if t is not None]
+        y = op(*found, *([None] if b is None else []), i, o, **options)
+        y.backward(planted[3])
+        assert y.dtype == dtype
+        close(y, y64, row, "y")
+        for t, e, name in zip(found, expected, ("dx", "dw", "db"), strict=False):
+            close(t.grad, e.grad, row, name)
+            assert t.grad.dtype == dtype
+        assert not y.movedim(channel, 0)[dead(n, o)].any()
+        assert not found[0].grad.movedim(channel, 0)[dead(k, i)].any()
+        assert not found[1].grad[dead(n, o)].any()
+
+
+def plant(tensors, i, o, k, n, channel, rubbish):
+    x, w, b, dy = tensors
+    x.movedim(channel, 0)[dead(k, i)] = rubbish
+    dy.movedim(channel, 0)[dead(n, o)] = rubbish
+    w[dead(n, o)] = rubbish
+    if w.shape[1] == k:
+        w[:, dead(k, i)] = rubbish
+    if b is not None:
+        b[dead(n, o)] = rubbish

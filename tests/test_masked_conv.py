@@ -33,7 +33,7 @@ CONVS = {
 @pytest.mark.parametrize("shares", SHARES, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("act", ["none", "relu", "silu"])
-def test_convolutions_against_float64(name, shares, layout, act):
+def test_convolutions_against_float64(name, shares, layout, act, either_way):
     options = dict(CONVS[name])
     kernel, groups = options.pop("kernel", (3, 3)), options.get("groups", 1)
     k, n = 12, 24
@@ -48,7 +48,7 @@ def test_convolutions_against_float64(name, shares, layout, act):
 
 @each_dtype()
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_convolution_dtypes(dtype, layout):
+def test_convolution_dtypes(dtype, layout, either_way):
     form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     x = torch.randn(2, 12, 6, 5).to(dtype).contiguous(memory_format=form)
     tensors = [x, (torch.randn(10, 12, 3, 3) / 10).to(dtype), torch.randn(10).to(dtype)]

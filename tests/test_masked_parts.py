@@ -168,7 +168,7 @@ def test_both_ways_are_chosen():
     for m, share, whole in ((64, 0.99, True), (1024, 0.99, True), (1024, 0.5, False), (8, 0.05, False)):
         x, w = torch.randn(m, 512), torch.randn(512, 512)
         i, o = index(512, share), index(512, share, 1)
-        _, bits = torch.ops.torsion.linear_forward(x, w, None, i, o, True, False, False)
+        _, bits = torch.ops.torsion.masked_linear_forward(x, w, None, i, o, "relu", False, False, True)
         assert bits.numel() == (m * (512 if whole else len(o)) + 7) // 8, (m, share)
 
 

@@ -3,7 +3,8 @@
 //
 //   gathered   x and the weight twice, the incoming gradient; results spread into full ones, zeros included
 //   views      where live units come first nothing but the zeros; bits of ReLU in the pass that spreads
-//   dense      where nearly all live: x and the gradient copied with zeros, products of the full sizes
+//   dense      the weight copied with zeros in place of what is dead, products of the full sizes; where nearly all live,
+//              see ops/_policy.py
 #include <torch/csrc/stable/library.h>
 
 #include <atomic>
@@ -37,18 +38,6 @@ Axis axis_of(const MaybeTensor& index, int64_t size, const char* name) {
   return {size, index->numel(), list, kind == -2};
 }
 
-// Gathering live columns saves multiplications and moves numbers, and so do zeros in dead ones, fewer of them where nearly
-// all live. One moved costs about as much as kMove multiplications of three products (n = 512 and 1024, 90 to 99 % live).
-// By sizes alone, for the layout of the bits depends on it: `_keeps_all` of ops/masked.py says the same.
-constexpr double kMove = 14;
-
-bool nearly_whole(int64_t m, int64_t k, int64_t n, int64_t k_live, int64_t n_live) {
-  if ((k_live == k && n_live == n) || !k_live || !n_live) return false;
-  const double saved = double(m) * (double(k) * n - double(k_live) * n_live);
-  const double gathers = double(m) * (2 * k_live + n_live + n + k) + 2 * double(n_live) * k_live;
-  return saved < kMove * (gathers - 2 * double(m) * k);
-}
-
 Tensor columns_aligned(Tensor t) { return t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t); }
 
 Tensor narrow(Tensor t, int64_t dim, int64_t live) {
@@ -74,57 +63,53 @@ Tensor columns_of(const Scratch& scratch, const Tensor& t, const Axis& ax) {
   return ax.prefix ? narrow(t, 1, ax.live) : gathered(scratch, t, nullptr, ax);
 }
 
-// A copy with zeros in dead columns.
-Tensor zeroed(const Scratch& scratch, const Tensor& t, const Axis& ax) {
-  if (ax.whole()) return t;
+std::vector<uint8_t> flags_of(const Axis& ax) {
+  if (ax.whole()) return std::vector<uint8_t>(size_t(ax.size), 1);
   std::vector<uint8_t> live(size_t(ax.size), 0);
   for (int64_t k = 0; k < ax.live; ++k) live[size_t(ax.list[k])] = 1;
+  return live;
+}
+
+// A copy with zeros in dead columns, and in dead rows.
+Tensor zeroed(const Scratch& scratch, const Tensor& t, const Axis* rows, const Axis& columns) {
+  const std::vector<uint8_t> row = rows ? flags_of(*rows) : std::vector<uint8_t>{}, column = flags_of(columns);
   Tensor out = scratch.empty(t, t.size(0), t.size(1));
   const Blocks a = blocks_of(t, kOp, "operand"), b = blocks_of(out, kOp, "operand");
   const int size = size_of(t, kOp);
-  by_rows(b, [&](int64_t begin, int64_t end) { keep_columns(a, b, live.data(), size, begin, end); });
+  by_rows(b, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r)
+      if (!rows || row[size_t(r)])
+        keep_columns(a, b, column.data(), size, r, r + 1);
+      else
+        memset(static_cast<char*>(b.data) + size_t(r * b.row_stride * size), 0, size_t(b.columns * size));
+  });
   return out;
 }
 
-// Zeros into dead columns.
-void zero_dead(Tensor& t, const Axis& ax) {
-  if (ax.whole()) return;
+// Zeros into dead columns, and into dead rows.
+void zero_dead(Tensor& t, const Axis* rows, const Axis& columns) {
+  const std::vector<uint8_t> row = rows ? flags_of(*rows) : std::vector<uint8_t>{}, column = flags_of(columns);
   std::vector<int64_t> dead;
-  for (int64_t c = 0, k = 0; c < ax.size; ++c)
-    if (k < ax.live && ax.list[k] == c)
-      ++k;
-    else
-      dead.push_back(c);
+  for (int64_t c = 0; c < columns.size; ++c)
+    if (!column[size_t(c)]) dead.push_back(c);
   const Blocks b = blocks_of(t, kOp, "result");
   const size_t size = size_t(size_of(t, kOp));
   by_rows(b, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r)
-      for (const int64_t c : dead) memset(static_cast<char*>(b.data) + size_t(r * b.row_stride + c) * size, 0, size);
+    for (int64_t r = begin; r < end; ++r) {
+      char* const at = static_cast<char*>(b.data) + size_t(r * b.row_stride) * size;
+      if (rows && !row[size_t(r)])
+        memset(at, 0, size_t(b.columns) * size);
+      else
+        for (const int64_t c : dead) memset(at + size_t(c) * size, 0, size);
+    }
   });
 }
 
-void zero_dead_rows(Tensor& t, const Axis& ax) {
-  const size_t bytes = size_t(t.size(1)) * size_t(size_of(t, kOp));
-  auto* data = static_cast<char*>(t.mutable_data_ptr());
-  for (int64_t r = 0, k = 0; r < ax.size; ++r)
-    if (k < ax.live && (!ax.list || ax.list[k] == r))
-      ++k;
-    else
-      memset(data + size_t(r) * bytes, 0, bytes);
-}
-
-// The weight for a product with zeros in place of what is dead: a weight that is not finite would spoil it.
-Tensor harmless(const Scratch& scratch, const Tensor& weight, const Axis& out, const Axis& inp) {
-  const Blocks b = blocks_of(weight, kOp, "weight");
-  const int32_t kind = kind_of(weight, false, kOp, 0);
-  std::atomic<bool> good{true};
-  by_rows(b, [&](int64_t begin, int64_t end) {
-    if (!all_finite(b, kind, begin, end)) good = false;
-  });
-  if (good) return weight;
-  Tensor copy = zeroed(scratch, torch::stable::contiguous(torch::stable::clone(weight)), inp);
-  zero_dead_rows(copy, out);
-  return copy;
+// Whether a product of the full sizes met nothing in `a` but finite numbers. Zeros in the weight silence what is dead as
+// long as it is finite, and what is not shows in every column, for 0 Inf and 0 NaN are NaN: one column tells.
+bool met_finite(const Tensor& product) {
+  const Blocks b = blocks_of(narrow(product, 1, std::min<int64_t>(1, product.size(1))), kOp, "product");
+  return all_finite(b, kind_of(product, false, kOp, 0), 0, b.rows);
 }
 
 Tensor empty_bits(const Tensor& like, int64_t n) {
@@ -159,19 +144,33 @@ std::pair<Tensor, Tensor> spread_relu(Tensor& z, const Axis& out) {
   return {y, bits};
 }
 
+Tensor dense_forward(const Scratch& scratch, const Tensor& x, const Tensor& weight, MaybeTensor bias, const Axis& inp,
+                     const Axis& out) {
+  if (bias && !out.whole()) {
+    const Tensor line = torch::stable::view(torch::stable::contiguous(*bias), {1, out.size});
+    bias = torch::stable::view(zeroed(scratch, line, nullptr, out), {out.size});
+  }
+  const Tensor live = zeroed(scratch, weight, &out, inp);
+  Tensor y = torch::stable::new_empty(x, {x.size(0), out.size});
+  linear_out(y, x, live, bias);
+  if (!met_finite(y)) {
+    linear_out(y, zeroed(scratch, x, nullptr, inp), live, bias);
+    zero_dead(y, nullptr, out);
+  }
+  return y;
+}
+
 std::tuple<Tensor, Tensor> linear_forward(Tensor x, Tensor weight, MaybeTensor bias, MaybeTensor in_idx,
-                                          MaybeTensor out_idx, bool with_relu, bool x_compact, bool y_compact) {
+                                          MaybeTensor out_idx, bool with_relu, bool x_compact, bool y_compact,
+                                          bool dense) {
   const Axis inp = axis_of(in_idx, weight.size(1), "in_idx"), out = axis_of(out_idx, weight.size(0), "out_idx");
   const Scratch scratch;
   const int64_t m = x.size(0);
   x = columns_aligned(x);
   weight = columns_aligned(weight);
-  const bool wide = !x_compact && !y_compact && nearly_whole(m, inp.size, out.size, inp.live, out.live);
   Tensor none = torch::stable::new_empty(x, {0});
-  if (wide && (inp.listed() || out.listed())) {
-    Tensor y = torch::stable::new_empty(x, {m, out.size});
-    linear_out(y, zeroed(scratch, x, inp), harmless(scratch, weight, out, inp), bias);
-    zero_dead(y, out);
+  if (dense && (inp.listed() || out.listed())) {
+    Tensor y = dense_forward(scratch, x, weight, bias, inp, out);
     return {y, with_relu ? relu(y) : none};
   }
   const Tensor rows = x_compact ? x : columns_of(scratch, x, inp), w = block_of(scratch, weight, out, inp);
@@ -184,7 +183,7 @@ std::tuple<Tensor, Tensor> linear_forward(Tensor x, Tensor weight, MaybeTensor b
     linear_out(y, rows, w, bias);
     return {y, with_relu ? relu(y) : none};
   }
-  if (out.prefix && (!with_relu || wide)) {
+  if (out.prefix && (!with_relu || dense)) {
     Tensor y = torch::stable::new_empty(x, {m, out.size});
     linear_out(narrow(y, 1, out.live), rows, w, bias);
     Tensor rest = torch::stable::narrow(y, 1, out.live, out.size - out.live);
@@ -275,34 +274,40 @@ std::tuple<Tensor, Tensor, Tensor> dense_backward(const Scratch& scratch, const 
                                                   const Tensor& weight, const Tensor& bits, const Axis& inp,
                                                   const Axis& out, bool with_relu, Wanted wanted) {
   Tensor dx = torch::stable::new_empty(dy, {0}), dw = dx, db = dx;
-  // The bits of dead units are 0, for their outputs were.
-  const Tensor dz = with_relu ? kept(scratch, dy, bits) : zeroed(scratch, dy, out);
+  const Tensor dz = with_relu ? kept(scratch, dy, bits) : dy;
   if (wanted.x) {
+    const Tensor live = zeroed(scratch, weight, &out, inp);
     dx = torch::stable::new_empty(dy, {dz.size(0), inp.size});
-    mm_out(dx, dz, harmless(scratch, weight, out, inp));
-    zero_dead(dx, inp);
+    mm_out(dx, dz, live);
+    if (!met_finite(dx)) {
+      mm_out(dx, zeroed(scratch, dz, nullptr, out), live);
+      zero_dead(dx, nullptr, inp);
+    }
   }
+  // Here what is dead meets itself alone.
   if (wanted.weight) {
     dw = torch::stable::new_empty(dy, {out.size, inp.size});
-    mm_out(dw, torch::stable::transpose(dz, 0, 1), zeroed(scratch, x, inp));
-    zero_dead(dw, inp);
-    zero_dead_rows(dw, out);
+    mm_out(dw, torch::stable::transpose(dz, 0, 1), x);
+    zero_dead(dw, &out, inp);
   }
-  if (wanted.bias) db = column_sums(dz);
+  if (wanted.bias) {
+    db = column_sums(dz);
+    Tensor line = torch::stable::view(db, {1, out.size});
+    zero_dead(line, nullptr, out);
+  }
   return {dx, dw, db};
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor bits, MaybeTensor in_idx,
                                                    MaybeTensor out_idx, bool with_relu, bool x_compact, bool y_compact,
-                                                   bool want_x, bool want_weight, bool want_bias) {
+                                                   bool dense, bool want_x, bool want_weight, bool want_bias) {
   const Axis inp = axis_of(in_idx, weight.size(1), "in_idx"), out = axis_of(out_idx, weight.size(0), "out_idx");
   const Wanted wanted{want_x, want_weight, want_bias};
   const Scratch scratch;
   x = columns_aligned(x);
   weight = columns_aligned(weight);
   dy = columns_aligned(dy);
-  const bool wide = !x_compact && !y_compact && nearly_whole(dy.size(0), inp.size, out.size, inp.live, out.live);
-  if (wide && (inp.listed() || out.listed()))
+  if (dense && (inp.listed() || out.listed()))
     return dense_backward(scratch, dy, x, weight, bits, inp, out, with_relu, wanted);
   Tensor dz = dy;
   if (y_compact || out.whole())
@@ -310,7 +315,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor dy, Tensor x, Tensor w
   else if (!with_relu)
     dz = columns_of(scratch, dy, out);
   else
-    dz = wide ? narrow(kept(scratch, dy, bits), 1, out.live) : gathered_kept(scratch, dy, out, bits);
+    dz = dense ? narrow(kept(scratch, dy, bits), 1, out.live) : gathered_kept(scratch, dy, out, bits);
   const Axis own{inp.live, inp.live, nullptr, true};
   Tensor dx = torch::stable::new_empty(dy, {0}), dw = dx, db = dx;
   if (wanted.x) dx = product(scratch, dz, block_of(scratch, weight, out, inp), nullptr, x_compact ? own : inp);

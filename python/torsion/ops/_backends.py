@@ -25,10 +25,14 @@ KERNELS: dict[str, tuple[str, ...]] = {
 
 NOTES = {
     "masked_linear": (
-        "products by torch: on views where live units come first, else on gathered columns, and on zeros in dead ones "
-        "where a gather saves fewer than 14 multiplications a number it moves"
+        "products by torch: on views where live units come first, else on gathered columns; of the full sizes, with "
+        "zeros in the weight, where gathers would spare fewer multiplications per number moved than the root of the "
+        "width"
     ),
-    "masked_conv2d": "products by torch, on gathered channels",
+    "masked_conv2d": (
+        "convolutions by torch: on gathered channels; on a CPU of the full size, with zeros in the weight, by the same "
+        "rule"
+    ),
 }
 """Op -> what :func:`backends` says beside its back end."""
 

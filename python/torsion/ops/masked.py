@@ -13,11 +13,10 @@ from torch.autograd.function import once_differentiable
 
 from torsion.ops import _activations, _entry, _native
 from torsion.ops._blocks import Axis, axis, check_kind, gather, keep_bits_, relu_bits_, scatter_
+from torsion.ops._policy import linear_is_dense
 from torsion.reference import masked as reference
 
 OP = "masked_linear"
-MOVE = 14
-"""Multiplications that cost as much as moving one number to spare them, measured; as in the compiled code."""
 
 
 def masked_linear(
@@ -40,7 +39,8 @@ def masked_linear(
     Dead columns of x, dead entries of the incoming gradient and dead rows and columns of the weight are never read:
     they may hold NaN. Gradients of dead entries are 0. With all live it is ``F.linear`` and torch's activation, bit for
     bit. Forward and backward are three matrix products of the live sizes. Live units that come first
-    (:class:`LivePrefix`) are taken as views of x and weight, others are gathered at each call.
+    (:class:`LivePrefix`) are taken as views of x and weight, others are gathered at each call. Where nearly all live
+    gathers would cost more than they spare: the products have the full sizes, and zeros silence the dead.
 
     Args:
         x: ``[..., K]``, float32, float64, bfloat16 or float16; ``[..., K']`` with ``x_compact``.
@@ -49,7 +49,7 @@ def masked_linear(
         in_idx: int32 ``[K']`` on the layer's device: live inputs, ascending and unique; None: all. May be empty.
         out_idx: int32 ``[N']``: live outputs, likewise.
         act: "none", "relu", "gelu" (the erf form) or "silu". Saved for the backward are 1 bit per live output for relu,
-            the live pre-activations for gelu and silu; x and weight by reference.
+            the live pre-activations for gelu and silu (all outputs where nearly all live); x and weight by reference.
         x_compact: x holds the live inputs only.
         y_compact: return the live outputs only, ``[..., N']``.
 
@@ -123,13 +123,13 @@ def _spread(t: Tensor, rows: Axis | None, columns: Axis) -> Tensor:
 
 def _plain_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, in_idx: Tensor | None, out_idx: Tensor | None, relu: bool,
-    x_compact: bool, y_compact: bool,
+    x_compact: bool, y_compact: bool, dense: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     inp, out = _axes(weight, in_idx, out_idx)
     w = _block(weight, out, inp).t()
     rows = x if x_compact else _columns(x, inp)
     z = torch.mm(rows, w) if bias is None else torch.addmm(_columns(bias.unsqueeze(0), out).squeeze(0), rows, w)
-    if _keeps_all(x.shape[0], weight, in_idx, out_idx, x_compact, y_compact):
+    if dense:
         z = _spread(z, None, out)
         return z, relu_bits_(z) if relu else x.new_empty(0)
     bits = relu_bits_(z) if relu else x.new_empty(0)
@@ -138,10 +138,10 @@ def _plain_forward(
 
 def _plain_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bits: Tensor, in_idx: Tensor | None, out_idx: Tensor | None, relu: bool,
-    x_compact: bool, y_compact: bool, want_x: bool, want_weight: bool, want_bias: bool,
+    x_compact: bool, y_compact: bool, dense: bool, want_x: bool, want_weight: bool, want_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     inp, out = _axes(weight, in_idx, out_idx)
-    if relu and _keeps_all(x.shape[0], weight, in_idx, out_idx, x_compact, y_compact):
+    if relu and dense:
         dz = _columns(keep_bits_(dy.contiguous().clone(), bits), out)
     else:
         dz = dy if y_compact else _columns(dy, out)
@@ -170,28 +170,13 @@ def _compiled(x: Tensor) -> bool:
     return x.is_cpu and _native.C is not None
 
 
-def _keeps_all(
-    m: int, weight: Tensor, in_idx: Tensor | None, out_idx: Tensor | None, x_compact: bool, y_compact: bool
-) -> bool:
-    """Whether bits are kept of all outputs, dead ones included: where too few are dead to be worth leaving out.
-
-    By sizes alone, not by what the lists hold, for a compiler has no more to go by; as ``csrc/cpu/masked_linear.cpp``.
-    """
-    n, k = weight.shape
-    n_live = n if out_idx is None else out_idx.shape[0]
-    k_live = k if in_idx is None else in_idx.shape[0]
-    if x_compact or y_compact or (k_live == k and n_live == n) or k_live == 0 or n_live == 0:
-        return False
-    gathers = m * (2 * k_live + n_live + n + k) + 2 * n_live * k_live
-    return m * (k * n - k_live * n_live) < MOVE * (gathers - 2 * m * k)
-
-
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, in_idx: Tensor | None, out_idx: Tensor | None, act: str,
     x_compact: bool, y_compact: bool, save: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     rows = x.reshape(-1, x.shape[-1])
-    if _entry.asks_for_triton(x) and not _keeps_all(len(rows), weight, in_idx, out_idx, x_compact, y_compact):
+    dense = linear_is_dense(rows.shape[0], weight, in_idx, out_idx, x_compact or y_compact)
+    if _entry.asks_for_triton(x) and not dense:
         _axes(weight, in_idx, out_idx)
         kernels = importlib.import_module("torsion.triton_kernels.masked")
         y, saved = kernels.masked_linear_forward(rows, weight, bias, in_idx, out_idx, act, x_compact, y_compact, save)
@@ -199,11 +184,11 @@ def _forward(
     linear = torch.ops.torsion.linear_forward if _compiled(x) else _plain_forward
     try:
         if act in ("none", "relu"):
-            y, saved = linear(rows, weight, bias, in_idx, out_idx, act == "relu", x_compact, y_compact)
+            y, saved = linear(rows, weight, bias, in_idx, out_idx, act == "relu", x_compact, y_compact, dense)
         else:
-            z, _ = linear(rows, weight, bias, in_idx, out_idx, False, x_compact, True)
+            z, _ = linear(rows, weight, bias, in_idx, out_idx, False, x_compact, not dense, dense)
             y, saved = _activations.plain(z, act), z if save else x.new_empty(0)
-            y = y if y_compact else _spread(y, None, _axes(weight, in_idx, out_idx)[1])
+            y = y if y_compact or dense else _spread(y, None, _axes(weight, in_idx, out_idx)[1])
     except RuntimeError:
         _axes(weight, in_idx, out_idx)  # raises if it was a list
         raise
@@ -216,13 +201,14 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     rows = dy.reshape(-1, dy.shape[-1])
     linear = torch.ops.torsion.linear_backward if _compiled(x) else _plain_backward
-    relu = act == "relu"
+    dense = linear_is_dense(rows.shape[0], weight, in_idx, out_idx, x_compact or y_compact)
     if act not in ("none", "relu"):
-        live = rows if y_compact else _columns(rows, _axes(weight, in_idx, out_idx)[1])
-        rows, y_compact = _activations.backward(live, saved, act, False), True
+        live = rows if y_compact or dense else _columns(rows, _axes(weight, in_idx, out_idx)[1])
+        rows, y_compact = _activations.backward(live, saved, act, False), not dense
     dx, dw, db = linear(
-        rows, x.reshape(-1, x.shape[-1]), weight, saved, in_idx, out_idx, relu, x_compact, y_compact, *wanted
-    )
+        rows, x.reshape(-1, x.shape[-1]), weight, saved, in_idx, out_idx, act == "relu", x_compact, y_compact, dense,
+        *wanted,
+    )  # fmt: skip
     return dx.view(x.shape) if wanted[0] else dx, dw, db
 
 
@@ -255,10 +241,8 @@ def _fake_forward(
     n = 1
     for size in lead:
         n = n * size
-    kept = weight.shape[0] if _keeps_all(n, weight, in_idx, out_idx, x_compact, y_compact) else live
-    shape, bits = _activations.saved_shape(
-        act if save or act == "relu" else "none", (n, kept if act == "relu" else live)
-    )
+    kept = weight.shape[0] if linear_is_dense(n, weight, in_idx, out_idx, x_compact or y_compact) else live
+    shape, bits = _activations.saved_shape(act if save or act == "relu" else "none", (n, kept))
     y = x.new_empty(*lead, live if y_compact else weight.shape[0])
     return y, x.new_empty(shape, dtype=torch.uint8 if bits else x.dtype)
 

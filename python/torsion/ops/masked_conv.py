@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from torsion.ops import _activations, _entry, _groups
 from torsion.ops._blocks import Axis, axis, check_kind, gather, scatter_
+from torsion.ops._policy import conv_is_dense
 from torsion.ops.masked import all_live
 from torsion.reference import masked as reference
 
@@ -36,9 +37,10 @@ def masked_conv2d(
 ) -> Tensor:
     """A convolution on live channels only, with autograd; see :func:`masked_linear` for what that means.
 
-    Dead channels of x, of the incoming gradient and of the weight are never read. Live ones are packed, a convolution
-    of the live sizes is computed, and the result spread; x may be contiguous or channels_last. With groups, each is
-    padded with channels of zeros to the most that one group has alive; groups without a live output are left out.
+    Nothing that is dead in x, in the incoming gradient or in the weight has an effect. Live channels are packed, a
+    convolution of the live sizes is computed, and the result spread; x may be contiguous or channels_last. With groups,
+    each is padded with channels of zeros to the most that one group has alive; groups without a live output are left
+    out. On a CPU, where nearly all live, the convolution has the full sizes and the dead are silenced by zeros.
 
     Args:
         x: ``[B, K, H, W]`` or ``[K, H, W]``; with ``x_compact`` its live channels only.
@@ -209,13 +211,15 @@ class _Call:
 
     def __init__(
         self, x: Tensor, weight: Tensor, in_idx: Tensor | None, out_idx: Tensor | None, stride: list[int],
-        padding: list[int], dilation: list[int], groups: int, x_compact: bool,
+        padding: list[int], dilation: list[int], groups: int, x_compact: bool, y_compact: bool,
     ) -> None:  # fmt: skip
         self.inp, self.out = _axes(weight, in_idx, out_idx, groups)
-        self.geometry = stride, padding, dilation
         self.size = _size(x, weight, stride, padding, dilation)
         self.last = _is_last(x) or _is_last(weight)
-        self.packed = _groups.plan(self.inp, self.out, groups, weight.device) if groups > 1 else None
+        self.dense = conv_is_dense(x, self.size, weight, in_idx, out_idx, groups, x_compact or y_compact)
+        self.packed = None
+        if groups > 1 and not self.dense:
+            self.packed = _groups.plan(self.inp, self.out, groups, weight.device)
         self.groups = 1 if self.packed is None else self.packed.count
         self.in_list = self.inp.index if self.packed is None else self.packed.inputs
         self.x_compact = x_compact
@@ -234,8 +238,11 @@ def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, in_idx: Tensor | None, out_idx: Tensor | None, stride: list[int],
     padding: list[int], dilation: list[int], groups: int, act: str, x_compact: bool, y_compact: bool, save: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    call = _Call(x, weight, in_idx, out_idx, stride, padding, dilation, groups, x_compact)
+    call = _Call(x, weight, in_idx, out_idx, stride, padding, dilation, groups, x_compact, y_compact)
     packed = call.packed
+    if call.dense:
+        z = _dense_forward(call, x, weight, bias, stride, padding, dilation, groups)
+        return _activations.apply(z, act) if save or act == "relu" else (_activations.plain(z, act), x.new_empty(0))
     live = None if bias is None else bias if call.out.index is None else bias.index_select(0, call.out.index)
     if call.empty:
         shape = (x.shape[0], call.out.live, *call.size)
@@ -257,7 +264,10 @@ def _backward(
     stride: list[int], padding: list[int], dilation: list[int], groups: int, act: str, x_compact: bool,
     y_compact: bool, wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    call = _Call(x, weight, in_idx, out_idx, stride, padding, dilation, groups, x_compact)
+    call = _Call(x, weight, in_idx, out_idx, stride, padding, dilation, groups, x_compact, y_compact)
+    if call.dense:
+        dz = _activations.backward(dy.contiguous(memory_format=_format(call.last)), saved, act, False)
+        return _dense_backward(call, dz, x, weight, stride, padding, dilation, groups, wanted)
     none = dy.new_empty(0)
     chosen = None if y_compact else call.out.index
     live = _channels(dy, chosen, call.last)
@@ -275,6 +285,68 @@ def _backward(
         [wanted[0], wanted[1], False],
     )  # fmt: skip
     return _whole_dx(dx, x, call) if wanted[0] else none, _whole_dw(dw, weight, call) if wanted[1] else none, db
+
+
+def _dense_forward(
+    call: _Call, x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int],
+    dilation: list[int], groups: int,
+) -> Tensor:  # fmt: skip
+    live = _flags(call.out)
+    kept = weight.where(_live_entries(call, groups), 0)
+    bias = None if bias is None else bias.where(live, 0)
+    z = F.conv2d(x, kept, bias, stride, padding, dilation, groups)
+    if not _met_finite(z, groups):
+        z = F.conv2d(_silenced(x, call.inp, call.last), kept, bias, stride, padding, dilation, groups)
+        z = _silenced(z, call.out, call.last)
+    return z.contiguous(memory_format=_format(call.last))
+
+
+def _dense_backward(
+    call: _Call, dz: Tensor, x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int],
+    groups: int, wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    entries = _live_entries(call, groups)
+    kept = weight.where(entries, 0)
+
+    def gradients(dz: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
+            dz, x, kept, [weight.shape[0]], stride, padding, dilation, False, [0, 0], groups, wanted
+        )
+
+    none = dz.new_empty(0)
+    dx, dw, db = gradients(dz, wanted)
+    if wanted[0] and not _met_finite(dx, groups):
+        dx = _silenced(gradients(_silenced(dz, call.out, call.last), [True, False, False])[0], call.inp, call.last)
+    dx = dx.contiguous(memory_format=_format(call.last)) if wanted[0] else none
+    # In the gradients of weight and bias what is dead meets itself alone.
+    dw = dw.masked_fill_(~entries, 0) if wanted[1] else none
+    return dx, dw, db.masked_fill_(~_flags(call.out), 0) if wanted[2] else none
+
+
+def _flags(ax: Axis) -> Tensor:
+    if ax.index is None:
+        return torch.ones(ax.size, dtype=torch.bool)
+    return torch.zeros(ax.size, dtype=torch.bool).index_fill_(0, ax.index.long(), True)
+
+
+def _live_entries(call: _Call, groups: int) -> Tensor:
+    """What of the weight lives on both sides: bool ``[N, K / groups, 1, 1]``."""
+    out, inp = _flags(call.out).view(groups, -1, 1), _flags(call.inp).view(groups, 1, -1)
+    return (out & inp).view(call.out.size, -1, 1, 1)
+
+
+def _silenced(t: Tensor, ax: Axis, last: bool) -> Tensor:
+    """A copy with zeros in dead channels."""
+    return t if ax.index is None else _spread(_channels(t, ax.index, last), ax.index, ax.size, last)
+
+
+def _met_finite(product: Tensor, groups: int) -> bool:
+    """Whether a dense convolution met nothing but finite numbers.
+
+    What is dead meets zeros in the weight and is silent as long as it is finite; what is not shows in every channel of
+    its group, for 0 times Inf and 0 times NaN are NaN.
+    """
+    return bool(product[:, :: max(1, product.shape[1] // groups)].isfinite().all())
 
 
 def _zeros(t: Tensor, wanted: bool) -> Tensor:
@@ -325,7 +397,9 @@ def _fake_forward(
     y = torch.empty(
         (x.shape[0], live if y_compact else weight.shape[0], *size), dtype=x.dtype, device=x.device, memory_format=form
     )
-    shape, bits = _activations.saved_shape(act if save or act == "relu" else "none", (x.shape[0], live, *size))
+    dense = conv_is_dense(x, size, weight, in_idx, out_idx, groups, x_compact or y_compact)
+    kept = weight.shape[0] if dense else live
+    shape, bits = _activations.saved_shape(act if save or act == "relu" else "none", (x.shape[0], kept, *size))
     if bits or len(shape) == 1:
         return y, x.new_empty(shape, dtype=torch.uint8 if bits else x.dtype)
     return y, torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form)

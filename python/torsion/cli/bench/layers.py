@@ -119,8 +119,17 @@ def _linear(
     yield from _figures(place, where, name, masked, F.linear, shapes, live, limit, share, compact=compact)
 
 
-def _conv(place: Place) -> Iterator[Figure]:
-    live = _Case(128, 0.5, sorted=False).indices()
+def _small(place: Place, case: _Case) -> Iterator[Figure]:
+    """A dense layer of the live size: what a masked one could be at best."""
+    torch.manual_seed(0)
+    (x, w, b, dy), (xs, ws, bs, dys) = (_made((_ROWS, n), (n, n), place) for n in (case.n, round(case.n * case.live)))
+    where, name = f"{case.n} x {case.n}, {case.live:.0%} live", "dense layer of the live size"
+    steps = {_DENSE: _both_ways(F.linear, x, w, b, dy)}
+    yield from versus(place, where, steps, {name: _both_ways(F.linear, xs, ws, bs, dys)}, ideal={name: case.live**2})
+
+
+def _conv(place: Place, share: float, most: float) -> Iterator[Figure]:
+    live = _Case(128, share, sorted=False).indices()
     index = None if live is None else live.to(place.device)
 
     def masked(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
@@ -130,8 +139,8 @@ def _conv(place: Place) -> Iterator[Figure]:
         return F.conv2d(x, w, b, padding=1)
 
     shapes = ((16, 128, 28, 28), (128, 128, 3, 3))
-    where = "conv 3x3, 128 channels, 50% live"
-    yield from _figures(place, where, "masked conv", masked, dense, shapes, live, Limit(0.40, ()))
+    where = f"conv 3x3, 128 channels, {share:.0%} live"
+    yield from _figures(place, where, "masked conv", masked, dense, shapes, live, Limit(most, ()))
 
 
 def masked_figures(place: Place) -> Iterator[Figure]:
@@ -146,8 +155,12 @@ def masked_figures(place: Place) -> Iterator[Figure]:
             case = _Case(n, live, sorted=True)
             yield from _linear(place, case, "masked linear, cached order", Limit(1.4, ()), live * live, compact=True)
             yield from _linear(place, case, "the same, all of x and y", None, live * live)
+            yield from _small(place, case)
     for n, limit in ((512, 1 / 2.2), *((n, 1 / 2.5) for n in _WIDTHS)):
         yield from _linear(place, _Case(n, 0.5, sorted=False), "masked linear, any order", Limit(limit, ()))
     for n in (512, _WIDTHS[-1]):
         yield from _linear(place, _Case(n, 1.0, sorted=True), "masked linear, all live", Limit(1.03, ()))
-    yield from _conv(place)
+    for n in _WIDTHS:
+        yield from _linear(place, _Case(n, 0.95, sorted=False), "masked linear, nearly all live", Limit(1.03, ()))
+    for share, most in ((0.5, 0.40), (0.95, 1.03)):
+        yield from _conv(place, share, most)
