@@ -89,7 +89,8 @@ class DemP:
     of the new ones warns. ``optimizer.step()`` itself cannot be captured, for lasso and noise change: it raises.
 
     torch.compile: a compiled model compiles once more after each cut; torch gives up after
-    ``torch._dynamo.config.recompile_limit`` (8) of them, so raise that if more cuts are due.
+    ``torch._dynamo.config.recompile_limit`` (8) of them, so raise that if more cuts are due. Windows compile nothing.
+    The step of torch's optimizers may be compiled too; torsion's own, with lasso and noise in their kernels, refuse it.
 
     GradScaler and skipped steps: a step that did not happen adds no noise and does not count. In a group with
     ``maximize=True`` the lasso is subtracted, so that scales shrink there too. A closure gets the lasso at each call.
