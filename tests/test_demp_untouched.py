@@ -89,6 +89,29 @@ def test_no_call_moves_a_generator_or_a_buffer() -> None:
     assert before["python"] == after_building["python"]
 
 
+class Cached(nn.Module):
+    """Keeps positions in a buffer, replaced by a larger one for longer inputs, and their number beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.most = mlp(), 4
+        self.register_buffer("positions", torch.arange(4.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > self.most:
+            self.most = len(x)
+            self.positions = torch.arange(float(self.most))
+        return self.body(x) + 0 * self.positions[: len(x), None]
+
+
+def test_a_cache_that_grows_in_a_window_stays_whole() -> None:
+    model = Cached()
+    demp = torsion.DemP(model, adamw(model), inputs(n=4), total_steps=3)
+    demp.finish([inputs(n=20)])
+    assert model.most == len(model.positions) == 20
+    model(inputs(n=20))
+
+
 def test_generators_between_building_and_the_last_cut() -> None:
     model = Restless()
     optimizer = adamw(model)

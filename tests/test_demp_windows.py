@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -240,6 +241,28 @@ def test_outputs_that_are_drawn_are_compared_on_the_same_draws() -> None:
     report = demp.finish(windows())
     assert report.layers["body.0"].cut == 1
     assert report.max_difference < 1e-12
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_a_cut_within_any_mode_of_autograd_leaves_parameters_that_train(mode: Any) -> None:
+    """A window often stands beside an evaluation, and tensors made in inference mode cannot be trained."""
+    runs = []
+    for within in (contextlib.nullcontext, mode):
+        model = mlp()
+        optimizer, ema = adamw(model), copy.deepcopy(model)
+        demp = demp_of(model, optimizer, also=ema)
+        advance(model, optimizer, range(4))
+        kill(model, 0, 1)
+        with within():
+            report = demp.step(windows())
+            kill(model, 3, 2)
+        assert report is not None
+        assert report.layers["0"].cut == 1
+        advance(model, optimizer, range(4, 9), demp)
+        assert demp.generation == 2
+        assert not any(t.is_inference() for t in [*model.parameters(), *model.buffers(), *ema.parameters()])
+        runs.append(everything(model)["model"])
+    assert same(*runs)
 
 
 # Windows that fail

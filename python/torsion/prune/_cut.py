@@ -22,6 +22,8 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, to
 """Largest difference of an output that a cut may make, times max(1, largest output), by dtype (specification)."""
 
 
+@torch.inference_mode(False)  # whose tensors could not be trained
+@torch.no_grad()
 def cut(
     model: nn.Module,
     structure: Structure,

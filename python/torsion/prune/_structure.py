@@ -231,7 +231,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; modes, buffers and random states are restored on the way out."""
     modes = [(m, m.training) for m in model.modules()]
     buffers = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_inference()]
-    held = [(m, dict(m._buffers)) for m in model.modules()]
+    held = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
     tensors = [*model.parameters(), *model.buffers()]
     cuda = sorted({t.device.index for t in tensors if t.device.type == "cuda" and t.device.index is not None})
     state = random.getstate()
@@ -251,8 +251,11 @@ def frozen(model: nn.Module) -> Iterator[None]:
         finally:
             for module, mode in modes:
                 module.training = mode
-            for module, own in held:
-                module._buffers.update(own)
+            for module, name, b in held:
+                now = module._buffers.get(name)
+                # One of another size is a cache that grew, and what the module knows of its size stays too.
+                if now is not None and now is not b and now.shape == b.shape:
+                    module._buffers[name] = b
             for buffer, version, copy in buffers:
                 if buffer._version != version:
                     buffer.copy_(copy)
