@@ -185,6 +185,37 @@ def test_noise_of_a_norm_over_several_layers_does_not_see_the_cut() -> None:
     assert torch.equal(small["conv2.weight"], dense["conv2.weight"][:, kept])
 
 
+@pytest.mark.parametrize("name", ["residual", "dense", "mobile", "grouped", "up", "shuffle"])
+def test_noise_is_the_same_whoever_adds_it(name: str) -> None:
+    """Inside torsion's step or after another's, whatever the layout: before a window, after it and after a cut."""
+    runs = []
+    for cls, layout in ((torch.optim.SGD, torch.contiguous_format), (torsion.TAM, torch.channels_last)):
+        model, x = build(name, 1)
+        structure = trace(model, x)
+        kill_by_masks(model, structure, align_and_keep(structure, random_masks(structure, 3, live=0.2)))
+        model.float()
+        for p in model.parameters():
+            p.data = p.data.contiguous(memory_format=layout) if p.dim() == 4 else p.data
+        start = copy.deepcopy(model.state_dict())
+        optimizer = cls(model.parameters(), lr=0.0)
+        demp = torsion.DemP(model, optimizer, x.float(), total_steps=9, noise_std=0.1, lasso=0.0, schedule="constant")
+
+        def step(model: nn.Module = model, optimizer: Any = optimizer) -> list[Tensor]:
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
+            return [p.detach().clone().contiguous() for p in model.parameters()]
+
+        found = step()
+        model.load_state_dict(start)  # the dead are dead again
+        demp.observe([x.float()])
+        found += step()
+        model.load_state_dict(start)
+        assert any(r.cut for r in demp.finish([x.float()]).layers.values())
+        runs.append(found + step())
+    assert same(*runs)
+
+
 # Weights that nothing else moves
 
 
