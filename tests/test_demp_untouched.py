@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import warnings
 from collections.abc import Callable, Iterator
@@ -11,10 +12,16 @@ import numpy as np
 import pytest
 import torch
 from demp_runs import INPUTS, adamw, advance, demp_of, everything, inputs, kill, mlp, same, windows
+from prune_models import build as network
+from prune_models import random_masks, snapshot
+from prune_models import same as same_snapshots
 from torch import Tensor, nn
 
 import torsion
-from torsion.prune import compact, live_units
+from torsion.prune import _shrink, compact, live_units
+from torsion.prune._cut import cut
+from torsion.prune._keep import align_and_keep
+from torsion.prune._structure import trace
 
 
 def states() -> dict[str, Any]:
@@ -269,3 +276,39 @@ def test_a_weight_that_is_not_finite_is_named_and_stays(value: float, exclude: t
     assert same(everything(model[:3], optimizer), state)
     assert model[0].weight.shape == (8, INPUTS)
     assert demp.due
+
+
+@pytest.mark.parametrize("name", ["residual", "mobile", "up", "rms", "groups"])
+def test_a_cut_that_breaks_off_anywhere_is_undone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory runs out, or the user presses Ctrl-C, before each piece in turn: model, optimizer and copy stay."""
+    model, x = network(name, 1)
+    optimizer, ema = torch.optim.Adam(model.parameters()), copy.deepcopy(model)
+    model(x).square().mean().backward()
+    optimizer.step()
+    structure = trace(model, x)
+    keep = align_and_keep(structure, random_masks(structure, 3, live=0.3))
+    layers = {n: layer.units for n, layer in structure.layers.items()}
+    smaller, left = _shrink.smaller, 0
+
+    def breaks(t: Tensor, axes: Any) -> Tensor:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        return smaller(t, axes)
+
+    monkeypatch.setattr(_shrink, "smaller", breaks)
+    before = snapshot(model, optimizer), snapshot(ema)
+    pieces = 0
+    for pieces in range(1000):
+        left = pieces
+        try:
+            cut(model, structure, keep, optimizer=optimizer, also=[ema], check=False)
+        except KeyboardInterrupt:
+            assert same_snapshots((snapshot(model, optimizer), snapshot(ema)), before), pieces
+            assert {n: layer.units for n, layer in structure.layers.items()} == layers
+        else:
+            break
+    assert pieces > 10
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in ema.parameters())
+    assert {n: layer.units for n, layer in structure.layers.items()} != layers
