@@ -161,6 +161,20 @@ def test_noise_reaches_a_norm_over_several_layers() -> None:
     assert not moved["fc.weight"].any()
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_noise_is_for_the_layers_that_live_lists_and_no_others(name: str) -> None:
+    """Not for logits, attention, raw streams, embeddings, or the half of a gate that no activation follows."""
+    model, x = build(name)
+    moved = moved_by_noise(model, x, {})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    live = torsion.DemP(model, optimizer, x, total_steps=9).live().keys()
+    makers = {n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding))}
+    noised = {n for n in makers if moved.get(n + ".weight", torch.zeros(1)).any()}
+    assert noised == live & makers
+    for n in noised:
+        assert moved[n + ".weight"].all()
+
+
 def test_noise_of_a_norm_over_several_layers_does_not_see_the_cut() -> None:
     runs = []
     for cuts in (False, True):
