@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from masked import SUMS, i32, index, leaves
 from tolerances import close
 
 import torsion
-from torsion.ops import _entry, _native
+from torsion.ops import _blocks, _entry, _native
 from torsion.ops._activations import ACTIVATIONS
 
 linear, conv = torsion.ops.masked_linear, torsion.ops.masked_conv2d
@@ -170,6 +171,23 @@ def test_both_ways_are_chosen():
         i, o = index(512, share), index(512, share, 1)
         _, bits = torch.ops.torsion.masked_linear_forward(x, w, None, i, o, "relu", False, False, True)
         assert bits.numel() == (m * (512 if whole else len(o)) + 7) // 8, (m, share)
+
+
+def test_a_list_at_the_address_of_a_former_one_is_looked_into():
+    """As lists on a device are remembered; an allocator gives an address away again at once."""
+    memory = np.empty(4, dtype=np.int32)
+    for entries, kind in ((0, 1, 2, 3), _blocks.PREFIX), ((1, 2, 3, 4), _blocks.SCATTERED), ((1, 2, 2, 4), 2):
+        memory[:] = entries
+        index = torch.from_numpy(memory)
+        assert _blocks._remembered(index, 9) == _blocks._remembered(index, 9) == kind
+        del index
+
+
+def test_a_list_changed_in_place_is_looked_into_again():
+    changed = i32(0, 1, 2)
+    assert _blocks._remembered(changed, 9) == _blocks.PREFIX
+    changed[2] = 1
+    assert _blocks._remembered(changed, 9) == 2
 
 
 def test_the_environment_chooses_the_reference(monkeypatch):

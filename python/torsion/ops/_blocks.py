@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -34,23 +35,35 @@ class Axis:
         return self.live == self.size
 
 
-_known: dict[tuple[torch.device, int, int, int, int], int] = {}
+_known: dict[tuple[torch.device, int, int, int, int], tuple[weakref.ref[Tensor], int]] = {}
 
 
 def _kind(index: Tensor, size: int) -> int:
-    if index.is_cpu and _native.C is not None:
-        return int(torch.ops.torsion.index_kind(index, size))
+    if not index.is_cpu:
+        return _remembered(index, size)
+    return int(torch.ops.torsion.index_kind(index, size)) if _native.C is not None else _look(index, size)
+
+
+def _look(index: Tensor, size: int) -> int:
+    values = index.cpu().long()
+    bad = (values < 0) | (values >= size)
+    bad[1:] |= values[1:] <= values[:-1]
+    n = values.numel()
+    return int(bad.nonzero()[0]) if bad.any() else PREFIX if n == 0 or int(values[-1]) == n - 1 else SCATTERED
+
+
+def _remembered(index: Tensor, size: int) -> int:
+    """What a list was when it was last looked into: of one on a device, at most once for each address and version.
+
+    As long as the tensor that was looked into lives, nothing else lies at its address.
+    """
     key = (index.device, index.data_ptr(), 0 if index.is_inference() else index._version, index.numel(), size)
-    if index.is_cpu or key not in _known:
-        values = index.cpu().long()
-        bad = (values < 0) | (values >= size)
-        bad[1:] |= values[1:] <= values[:-1]
-        n = values.numel()
-        kind = int(bad.nonzero()[0]) if bad.any() else PREFIX if n == 0 or int(values[-1]) == n - 1 else SCATTERED
+    found = _known.get(key)
+    if found is None or found[0]() is None:
         if len(_known) > 4096:
             _known.clear()
-        _known[key] = kind
-    return _known[key]
+        found = _known[key] = weakref.ref(index), _look(index, size)
+    return found[1]
 
 
 def check_kind(op: str, name: str, index: Tensor | None, size: int, device: torch.device) -> None:

@@ -103,22 +103,24 @@ def _update(place: Place) -> Iterator[Figure]:
     gradients = Gradients(tensors, place.device)
     steps: dict[str, Step] = {}
     results: dict[str, list[Tensor]] = {}
-    inside, after = "AdaTAMW, lasso and noise inside", "AdaTAMW, then noise"
-    for name in (_ALONE, inside, after):
+    inside, lasso, after = "AdaTAMW, lasso and noise inside", "AdaTAMW, lasso inside", "AdaTAMW, then noise"
+    for name in (_ALONE, inside, lasso, after):
         params = initial(tensors, place.device)
         attach(params, [g.clone() for g in gradients.live])
         optimizer = torsion.AdaTAMW(params, lr=_LR)
         results[name] = params
-        if name == inside and optimizer._takes_perturbation():
-            maps = {p: NoiseRows(max(1, p[0].numel()), None, None, i) for i, p in enumerate(params)}
+        if name in (inside, lasso) and optimizer._takes_perturbation():
+            noised = enumerate(params) if name == inside else ()
+            maps = {p: NoiseRows(max(1, p[0].numel()), None, None, i) for i, p in noised}
             scales = [p for p in params if p.dim() == 1]
             optimizer._perturb(Perturbation(set(scales), maps, 0, lasso=0.0, sigma=5e-5, step=1))
         steps[name] = optimizer.step if name != after else _noised(optimizer, params)
-    members = {name: steps[name] for name in (inside, after)}
+    members = {name: steps[name] for name in (inside, lasso, after)}
     for step in steps.values():
         step()
     agree(inside, results[inside], results[after], 1e-6)
-    yield from versus(place, _LIST, {_ALONE: steps[_ALONE]}, members, {inside: Limit(1.10, ())})
+    agree(lasso, results[lasso], results[_ALONE], 0)
+    yield from versus(place, _LIST, {_ALONE: steps[_ALONE]}, members, {inside: Limit(1.10, ()), lasso: Limit(1.10, ())})
 
 
 def _noised(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> Step:
