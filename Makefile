@@ -2,7 +2,7 @@
 #   PYTHON=      interpreter to build for (>= 3.10)
 #   TORCH_SPEC=  torch to install, e.g. torch==2.11.0; without it a torch that PYTHON has is used, else torch==2.13.0
 #   ARGS=        passed on to pytest, to the demo or to the benchmark
-# TORSION_BUILD, TORSION_SANITIZE, MAX_JOBS, TORCH_CUDA_ARCH_LIST, CXX: see setup.py.
+# TORSION_BUILD, TORSION_SANITIZE, MAX_JOBS, TORCH_CUDA_ARCH_LIST, CXX, CXXFLAGS: see setup.py.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,7 +19,7 @@ SOURCES := setup.py $(shell find csrc 2>/dev/null)
 # A changed switch must not meet a stamp of the old one: the stamps hold the switches they were made with.
 # PYTHON and TORCH_SPEC given once hold until they are given anew or `make clean`.
 VENV_SWITCHES := $(PYTHON)|$(TORCH_SPEC)
-BUILD_SWITCHES := $(MODE)|$(FORCE_CUDA)|$(TORSION_SANITIZE)|$(TORCH_CUDA_ARCH_LIST)|$(CXX)
+BUILD_SWITCHES := $(MODE)|$(FORCE_CUDA)|$(TORSION_SANITIZE)|$(TORCH_CUDA_ARCH_LIST)|$(CXX)|$(CXXFLAGS)
 ifneq ($(origin PYTHON)$(origin TORCH_SPEC),filefile)
 ifneq ($(VENV_SWITCHES),$(shell cat $(STAMP)/venv 2>/dev/null))
 .PHONY: $(STAMP)/venv

@@ -5,6 +5,7 @@ Switches, all from the environment:
     TORSION_BUILD         auto (default) | cpu | cuda | none;  FORCE_CUDA=1 means cuda
     TORSION_SANITIZE      e.g. address,undefined: host code instrumented, for tests and audits only
     TORCH_CUDA_ARCH_LIST  default "8.0;9.0+PTX" where no GPU is visible, else torch's choice for the GPUs that are
+    CXXFLAGS              come last; -O0 compiles in a third of the time
     MAX_JOBS, CXX, CUDA_HOME   as in torch.utils.cpp_extension
 
 auto builds the CUDA module where a CUDA torch and a matching toolkit are installed; no mode asks for a GPU.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -171,7 +173,7 @@ def native(mode: str) -> dict:
     def sources(*patterns: str) -> list[str]:
         return sorted(os.path.relpath(f, ROOT) for p in patterns for f in glob(str(ROOT / p)))
 
-    cxx = [*COMMON, *opt]
+    cxx = [*COMMON, *opt, *shlex.split(os.environ.get("CXXFLAGS", ""))]
     include = [str(ROOT / "csrc")]
     torch_include = Path(torch.__file__).parent / "include"
     headers = sources("csrc/**/*.h", "csrc/**/*.cuh")
