@@ -8,6 +8,7 @@ from torsion.ops.flags import active_flags_
 from torsion.ops.lookbehind import ascent_, blend_, descent_, descent_ascent_, descent_blend_
 from torsion.ops.masked import masked_linear
 from torsion.ops.masked_conv import masked_conv2d
+from torsion.ops.masked_norm import masked_conv2d_bn_act, masked_linear_bn_act
 from torsion.ops.noise import demp_update_
 from torsion.ops.packing import pack_weight, residual_select_add_, unpack_grad_
 from torsion.ops.philox import philox_normal
@@ -30,7 +31,9 @@ __all__ = [
     "descent_ascent_",
     "descent_blend_",
     "masked_conv2d",
+    "masked_conv2d_bn_act",
     "masked_linear",
+    "masked_linear_bn_act",
     "pack_weight",
     "philox_normal",
     "residual_select_add_",
