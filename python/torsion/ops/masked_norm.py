@@ -160,10 +160,10 @@ def _normalized(
         return F.batch_norm(z, *running, gamma, beta, training, momentum, eps)
     if out_idx.shape[0] == 0:
         return z
-    live = [None if t is None else t.index_select(0, out_idx) for t in (*running, gamma, beta)]
-    y = F.batch_norm(z, *live, training, momentum, eps)
+    mean, var, scale, shift = (None if t is None else t.index_select(0, out_idx) for t in (*running, gamma, beta))
+    y = F.batch_norm(z, mean, var, scale, shift, training, momentum, eps)
     if training:
-        for whole, part in zip(running, live[:2], strict=True):
+        for whole, part in zip(running, (mean, var), strict=True):
             if whole is not None and part is not None:
                 whole.index_copy_(0, out_idx.long(), part)
     return y
