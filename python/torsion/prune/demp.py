@@ -269,8 +269,8 @@ class DemP:
     def cut(self) -> Report:
         """Cut the units that were dead in the last ``patience`` windows, without looking at another.
 
-        Outputs before and after are compared on the inputs of the last window; they are not in a checkpoint, so where one
-        was loaded since then nothing is compared.
+        Outputs before and after are compared on the inputs of the last window; where a checkpoint was loaded since then,
+        which does not hold them, nothing is compared.
 
         Raises:
             RuntimeError: they differ; model, optimizer and masks are what they were.
