@@ -269,8 +269,8 @@ class DemP:
     def cut(self) -> Report:
         """Cut the units that were dead in the last ``patience`` windows, without looking at another.
 
-        Outputs before and after are compared on the inputs of the last window; where a checkpoint was loaded since then,
-        which does not hold them, nothing is compared.
+        Outputs before and after are compared on the inputs of the last window. A checkpoint does not hold them: where
+        one was loaded since the window, nothing is compared.
 
         Raises:
             RuntimeError: they differ; model, optimizer and masks are what they were.
