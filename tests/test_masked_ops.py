@@ -96,6 +96,15 @@ def test_prefixes_are_views_with_the_same_result(sizes, dtype, act, either_way):
     check(linear, torsion.reference.masked_linear, tensors, i, o, k, n, -1, dtype, act=act)
 
 
+@each_dtype(torch.float32, torch.bfloat16)
+def test_large_gradients_are_zero_beyond_the_live_block(dtype):
+    """Above 1 MB the zeros go around the cache, from and to any byte."""
+    k, n = 1031, 1027
+    i, o = (torch.arange(s, dtype=torch.int32) for s in (51, 33))
+    tensors = [torch.randn(5, k).to(dtype), (torch.randn(n, k) / k**0.5).to(dtype), torch.randn(n).to(dtype)]
+    check(linear, torsion.reference.masked_linear, tensors, i, o, k, n, -1, dtype)
+
+
 @pytest.mark.parametrize(
     ("k", "n", "m"),
     [(1, 1, 1), (3, 2, 5), (17, 15, 1), (64, 64, 3), (65, 129, 33), (257, 31, 8), (33, 47, 1001), (129, 65, 515)],

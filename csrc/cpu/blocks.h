@@ -27,6 +27,9 @@ void gather(const Blocks& from, const Blocks& to, Choice choice, int size, int64
 void scatter(const Blocks& from, const Blocks& to, const int32_t* place, const int32_t* column_place, int size,
              int64_t begin, int64_t end);
 
+// Zeros where a row lies beyond the first `rows` or a column beyond the first `columns`, for the rows [begin, end).
+void zero_beyond(const Blocks& of, int64_t rows, int64_t columns, int size, int64_t begin, int64_t end);
+
 // Which of the listed ones each of n is, -1: none.
 std::vector<int32_t> places(const int32_t* list, int64_t listed, int64_t n);
 

@@ -236,15 +236,9 @@ Tensor product(const Scratch& scratch, const Tensor& a, const Tensor& b, const A
   Tensor full = torch::stable::new_empty(a, {m, columns.size});
   if (columns.prefix && (!rows || rows->prefix)) {
     mm_out(narrow(narrow(full, 0, live), 1, columns.live), a, b);
-    if (!columns.whole()) {
-      Tensor above = narrow(full, 0, live);
-      Tensor right = torch::stable::narrow(above, 1, columns.live, columns.size - columns.live);
-      torch::stable::zero_(right);
-    }
-    if (live < m) {
-      Tensor below = torch::stable::narrow(full, 0, live, m - live);
-      torch::stable::zero_(below);
-    }
+    const Blocks to = blocks_of(full, kOp, "result");
+    const int size = size_of(full, kOp);
+    by_rows(to, [&](int64_t begin, int64_t end) { zero_beyond(to, live, columns.live, size, begin, end); });
     return full;
   }
   Tensor compact = scratch.empty(a, live, columns.live);
@@ -322,12 +316,14 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor dy, Tensor x, Tensor w
   if (wanted.weight)
     dw = product(scratch, torch::stable::transpose(dz, 0, 1), x_compact ? x : columns_of(scratch, x, inp), &out, inp);
   if (wanted.bias) {
-    const Tensor sums = torch::stable::view(column_sums(dz), {1, out.live});
-    db = torch::stable::new_empty(dy, {1, out.size});
-    const std::vector<int32_t> place = out.whole() ? std::vector<int32_t>{} : places(out.list, out.live, out.size);
-    scatter(blocks_of(sums, kOp, "db"), blocks_of(db, kOp, "db"), nullptr, out.whole() ? nullptr : place.data(),
-            size_of(db, kOp), 0, 1);
-    db = torch::stable::view(db, {out.size});
+    const Tensor sums = column_sums(dz);
+    db = torch::stable::new_empty(dy, {out.size});
+    const size_t size = size_t(size_of(db, kOp));
+    const auto* from = static_cast<const char*>(sums.const_data_ptr());
+    auto* to = static_cast<char*>(db.mutable_data_ptr());
+    memset(to, 0, size_t(out.size) * size);
+    for (int64_t k = 0; k < out.live; ++k)
+      memcpy(to + size_t(out.prefix ? k : out.list[k]) * size, from + size_t(k) * size, size);
   }
   return {dx, dw, db};
 }
