@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
 
 from helpers import TARGETS, Target
 from hypothesis import HealthCheck, settings
+from ranks import Workers
 
 from torsion.ops import _backends, _policy
 
@@ -97,3 +98,11 @@ def _clean_slate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(deterministic)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
+    """One pair of processes serves a whole module: starting Python and torch costs seconds."""
+    workers = Workers(tmp_path_factory.mktemp("workers"))
+    yield workers
+    workers.stop()

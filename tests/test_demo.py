@@ -12,10 +12,6 @@ import signal
 import pytest
 import torch
 
-pytest.importorskip("rich")
-pytest.importorskip("matplotlib")
-pytest.importorskip("sklearn")
-
 from torsion.cli import main
 from torsion.cli.demo import comparison, digits, grid, progress, rates, shrinking, text
 from torsion.cli.demo.arms import Choice, Strength

@@ -14,10 +14,6 @@ import statistics
 import pytest
 import torch
 
-pytest.importorskip("rich")
-pytest.importorskip("matplotlib")
-pytest.importorskip("sklearn")
-
 from torsion import cli
 from torsion.cli import demo
 from torsion.cli.demo import grid, progress, shrinkage, shrinking, text

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from demp_runs import INPUTS, demp_of, everything, inputs, kill, mlp, revive, same, windows
+from ranks import Workers
 from test_demp_windows import experts
-from test_distributed import Workers, workers  # noqa: F401
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -81,7 +81,7 @@ def rank_flags(rank: int) -> tuple[list[int], list[int]]:
     return (~alone).nonzero().flatten().tolist(), demp._units["0"].kept.tolist()
 
 
-def test_a_unit_alive_on_one_rank_lives_on_all(workers: Workers) -> None:  # noqa: F811
+def test_a_unit_alive_on_one_rank_lives_on_all(workers: Workers) -> None:
     (dead_0, kept_0), (dead_1, kept_1) = workers.run(rank_flags)
     assert 2 not in dead_0
     assert 2 in dead_1
@@ -102,7 +102,7 @@ def rank_empty(rank: int) -> None:
         assert demp.finish([]).layers["0"].cut == 0
 
 
-def test_a_rank_without_batches(workers: Workers) -> None:  # noqa: F811
+def test_a_rank_without_batches(workers: Workers) -> None:
     workers.run(rank_empty)
 
 
@@ -123,7 +123,7 @@ def rank_experts(rank: int) -> list[list[int]]:
     return cut
 
 
-def test_units_that_a_rank_has_not_seen(workers: Workers) -> None:  # noqa: F811
+def test_units_that_a_rank_has_not_seen(workers: Workers) -> None:
     assert workers.run(rank_experts) == [[[1, 1], [1, 0]]] * 2
 
 
@@ -135,7 +135,7 @@ def rank_padding(rank: int) -> list[int]:
     return demp._units["0"].kept.tolist()
 
 
-def test_alignment_agrees(workers: Workers) -> None:  # noqa: F811
+def test_alignment_agrees(workers: Workers) -> None:
     a, b = workers.run(rank_padding)
     assert a == b
 
@@ -170,7 +170,7 @@ def rank_train(rank: int, kind: str) -> tuple[list[int], list[float]]:
 
 
 @pytest.mark.parametrize("kind", ["adamw", "tam"])
-def test_ranks_stay_together_through_cuts(workers: Workers, kind: str) -> None:  # noqa: F811
+def test_ranks_stay_together_through_cuts(workers: Workers, kind: str) -> None:
     (sizes_0, sums_0), (sizes_1, sums_1) = workers.run(rank_train, kind)
     assert sizes_0 == sizes_1 == [7, 6, 6]
     assert sums_0 == sums_1
@@ -203,7 +203,7 @@ def rank_settings(rank: int) -> None:
         demp.rewrap(DistributedDataParallel(mlp()))
 
 
-def test_the_new_wrapper_has_the_old_ones_settings(workers: Workers) -> None:  # noqa: F811
+def test_the_new_wrapper_has_the_old_ones_settings(workers: Workers) -> None:
     workers.run(rank_settings)
 
 
@@ -233,7 +233,7 @@ def rank_errors(rank: int) -> list[str]:
     return said
 
 
-def test_an_error_on_one_rank_is_one_on_all(workers: Workers) -> None:  # noqa: F811
+def test_an_error_on_one_rank_is_one_on_all(workers: Workers) -> None:
     said_0, said_1 = workers.run(rank_errors)
     assert all("another rank failed" in text for text in said_0)
     assert "not finite" in said_1[0]
@@ -262,7 +262,7 @@ def rank_rollback(rank: int) -> str:
     return str(error.value)
 
 
-def test_a_cut_taken_back_on_one_rank_is_taken_back_on_all(workers: Workers) -> None:  # noqa: F811
+def test_a_cut_taken_back_on_one_rank_is_taken_back_on_all(workers: Workers) -> None:
     said_0, said_1 = workers.run(rank_rollback)
     assert "the cut changes an output" in said_0
     assert "another rank failed" in said_1
@@ -276,7 +276,7 @@ def rank_disagree(rank: int) -> None:
     assert same(everything(model, optimizer), before)
 
 
-def test_ranks_with_other_seeds_are_refused_before_a_cut(workers: Workers) -> None:  # noqa: F811
+def test_ranks_with_other_seeds_are_refused_before_a_cut(workers: Workers) -> None:
     workers.run(rank_disagree)
 
 
@@ -301,7 +301,7 @@ def rank_resume(rank: int) -> None:
     agree(model)
 
 
-def test_resuming(workers: Workers) -> None:  # noqa: F811
+def test_resuming(workers: Workers) -> None:
     workers.run(rank_resume)
 
 
@@ -318,7 +318,7 @@ def rank_fsdp(rank: int) -> str:
     return str(error.value)
 
 
-def test_fsdp_is_refused_by_name(workers: Workers) -> None:  # noqa: F811
+def test_fsdp_is_refused_by_name(workers: Workers) -> None:
     for text in workers.run(rank_fsdp):
         assert "FSDP" in text
         assert "DistributedDataParallel" in text

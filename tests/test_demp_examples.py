@@ -30,8 +30,6 @@ def test_plain_loop(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_distributed_in_one_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """With two: test_demp_distributed.py."""
-    if not dist.is_gloo_available():
-        pytest.skip("without gloo")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     store = dist.HashStore()
     start = dist.init_process_group

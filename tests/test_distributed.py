@@ -1,18 +1,12 @@
 """Two processes equal one: DDP, FSDP2 on a CPU mesh, and the checkpoints of sharded training.
 
-One pair of workers serves the whole module, because starting Python and torch costs seconds; a test sends both the
-name of a function and gets both results. The functions named ``rank_*`` run in the workers.
+The functions named ``rank_*`` run in the workers.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import os
-import traceback
-from collections.abc import Callable, Iterator
-from datetime import timedelta
-from multiprocessing.connection import Connection
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from helpers import ids, same_bits
+from ranks import WORLD, Workers
 from tolerances import REORDERED, close
 from torch import Tensor, nn
 from torch.distributed.checkpoint import load as dcp_load
@@ -40,84 +34,6 @@ import torsion
 from torsion.optim import _sharding
 
 pytestmark = pytest.mark.dist
-
-WORLD = 2
-PATIENCE = 60.0
-"""Seconds until a collective that one rank never joins counts as failed."""
-
-
-def _worker(rank: int, store: str, pipe: Connection) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(WORLD))
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=timedelta(seconds=PATIENCE)
-    )
-    while True:
-        task = pipe.recv()
-        if task is None:
-            break
-        function, arguments = task
-        torch.manual_seed(0)
-        try:
-            pipe.send((True, function(rank, *arguments)))
-        except BaseException:
-            pipe.send((False, traceback.format_exc()))
-    dist.destroy_process_group()
-
-
-class Workers:
-    """Two processes in one group; ``run`` calls a function in both and returns both results."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.started = folder, 0
-        self.processes: list[Any] = []
-        self.pipes: list[Connection] = []
-
-    def start(self) -> None:
-        context = mp.get_context("spawn")
-        store = self.folder / f"store{self.started}"
-        self.started += 1
-        for rank in range(WORLD):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_worker, args=(rank, str(store), theirs), daemon=True)
-            process.start()
-            self.processes.append(process)
-            self.pipes.append(ours)
-
-    def stop(self) -> None:
-        for pipe in self.pipes:
-            with contextlib.suppress(OSError):
-                pipe.send(None)
-        for process in self.processes:
-            process.join(10)
-            if process.is_alive():
-                process.kill()
-        self.processes, self.pipes = [], []
-
-    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        if not self.processes:
-            self.start()
-        for pipe in self.pipes:
-            pipe.send((function, arguments))
-        results = []
-        for rank, pipe in enumerate(self.pipes):
-            if not pipe.poll(2 * PATIENCE):
-                results.append((False, f"rank {rank} did not answer"))
-                continue
-            results.append(pipe.recv())
-        failed = [f"rank {rank}: {result}" for rank, (good, result) in enumerate(results) if not good]
-        if failed:
-            self.stop()  # the ranks no longer agree on which collective comes next
-            pytest.fail("\n".join(failed), pytrace=False)
-        return [result for _, result in results]
-
-
-@pytest.fixture(scope="module")
-def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
-    workers = Workers(tmp_path_factory.mktemp("workers"))
-    yield workers
-    workers.stop()
-
 
 # Models and data, the same on every rank and in one process
 

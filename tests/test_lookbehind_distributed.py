@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from cycles import BASE, order_of
 from helpers import same_bits
-from test_distributed import WORLD, Workers, backward, batch, network, sharded, whole
+from ranks import WORLD, Workers
+from test_distributed import backward, batch, network, sharded, whole
 from tolerances import REORDERED, close
 from torch import Tensor, nn
 from torch.distributed.checkpoint import load as dcp_load
@@ -32,13 +33,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "full": {"k": 2, "rho": 0.2, "reuse_gradients": False},
 }
 NAN = float("nan")
-
-
-@pytest.fixture(scope="module")
-def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
-    workers = Workers(tmp_path_factory.mktemp("workers"))
-    yield workers
-    workers.stop()
 
 
 def optimizer_of(base: str, model: nn.Module, **settings: Any) -> Any:

@@ -399,9 +399,6 @@ def test_errors_name_what_failed():
 
 def test_sharded_models_are_refused_by_name():
     import torch.distributed as dist
-
-    if not dist.is_gloo_available():
-        pytest.skip("without gloo")
     from torch.distributed.fsdp import fully_shard
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -423,8 +420,6 @@ def test_sharded_models_are_refused_by_name():
 def test_the_wrapper_of_a_distributed_model_is_refused():
     import torch.distributed as dist
 
-    if not dist.is_gloo_available():
-        pytest.skip("without gloo")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         model = nn.parallel.DistributedDataParallel(mlp())

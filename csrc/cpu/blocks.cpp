@@ -5,13 +5,10 @@
 #include <optional>
 
 #include "columns.h"
+#include "engine/around.h"
 #include "engine/isa.h"
 #include "engine/plan.h"
 #include "engine/types.h"
-
-#ifdef __SSE__
-#include <xmmintrin.h>
-#endif
 
 namespace torsion::cpu {
 namespace {
@@ -203,35 +200,18 @@ void scatter(const Blocks& from, const Blocks& to, const int32_t* place, const i
   by_size(size, [&](auto u) { move<decltype(u)>(from, to, column_place, row_of, begin, end); });
 }
 
-namespace {
-
-// Around the cache, which would read first what is written here: large results are not looked at soon.
-void zero(char* to, size_t bytes, bool around) {
-#ifdef __SSE__
-  if (around) {
-    const size_t head = std::min(bytes, size_t(-reinterpret_cast<uintptr_t>(to) % 16)), body = (bytes - head) / 16 * 16;
-    memset(to, 0, head);
-    const __m128 none = _mm_setzero_ps();
-    for (size_t b = head; b < head + body; b += 16) _mm_stream_ps(reinterpret_cast<float*>(to + b), none);
-    memset(to + head + body, 0, bytes - head - body);
-    return;
-  }
-#endif
-  memset(to, 0, bytes);
-}
-
-}  // namespace
-
 void zero_beyond(const Blocks& of, int64_t rows, int64_t columns, int size, int64_t begin, int64_t end) {
   const bool around = of.rows * of.columns * of.inner * size >= kAround;
   for (int64_t r = begin; r < end; ++r) {
     const int64_t first = r < rows ? columns : 0;
-    zero(static_cast<char*>(of.data) + (r * of.row_stride + first * of.inner) * size,
-         size_t((of.columns - first) * of.inner * size), around);
+    char* const to = static_cast<char*>(of.data) + (r * of.row_stride + first * of.inner) * size;
+    const auto bytes = size_t((of.columns - first) * of.inner * size);
+    if (around)
+      zero_around(to, bytes);
+    else
+      memset(to, 0, bytes);
   }
-#ifdef __SSE__
-  if (around) _mm_sfence();
-#endif
+  if (around) end_of_writes_around();
 }
 
 std::vector<int32_t> places(const int32_t* list, int64_t listed, int64_t n) {
