@@ -97,6 +97,7 @@ def brief(monkeypatch):
     monkeypatch.setattr(pruning, "_LIST", "tiny")
     monkeypatch.setattr(pruning, "_SEEDS", 1)
     monkeypatch.setattr(pruning, "_STEPS", 4)
+    monkeypatch.setattr(pruning, "_WIDTH", 16)
 
 
 def test_layers_and_networks_are_timed_where_they_are_right(capsys, tmp_path, brief):

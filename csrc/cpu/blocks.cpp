@@ -13,7 +13,8 @@
 namespace torsion::cpu {
 namespace {
 
-constexpr int64_t kLongRun = 64;               // columns; runs shorter than this are not worth a copy of their own
+constexpr int64_t kLongRun = 64;  // columns; runs shorter than this are not worth a copy of their own
+constexpr int64_t kRowsAhead = 2;
 constexpr int64_t kAround = int64_t(1) << 20;  // bytes of a result that is zeroed around the cache
 
 // Columns that follow one another on both sides.
@@ -65,6 +66,16 @@ void move(const Blocks& from, const Blocks& to, const int32_t* source, RowOf row
       else
         memcpy(out + run.to * inner, in + run.from * inner, size_t(run.n * inner) * sizeof(U));
     }
+  }
+}
+
+// Prefetches a row that is read and one that is written: a core alone leaves memory idle (4 MB: 0.49 against 0.61 ms).
+template <class U>
+void ask_for(const U* in, const U* out, int64_t n) {
+  constexpr int64_t kLine = 64 / sizeof(U);
+  for (int64_t c = 0; c < n; c += kLine) {
+    __builtin_prefetch(in + c);
+    __builtin_prefetch(out + c, 1);
   }
 }
 
@@ -124,12 +135,6 @@ TORSION_INLINE void keep(const U* from, U* to, const uint8_t* bits, int64_t begi
   for (; i < end; ++i) to[i] = (bits[i / 8] >> (i % 8)) & 1 ? from[i] : U(0);
 }
 
-template <class U>
-TORSION_INLINE void keep_live(const U* from, U* to, const uint8_t* live, int64_t n) {
-#pragma GCC ivdep
-  for (int64_t c = 0; c < n; ++c) to[c] = live[c] ? from[c] : U(0);
-}
-
 // The exponent is all ones in what is not finite.
 template <class U>
 TORSION_INLINE bool finite(const U* x, int64_t n, U exponent) {
@@ -147,10 +152,6 @@ TORSION_INLINE bool finite(const U* x, int64_t n, U exponent) {
   template <class U>                                                                                                 \
   attribute __attribute__((noinline)) void keep_##level(const U* x, U* to, const uint8_t* b, int64_t a, int64_t e) { \
     keep(x, to, b, a, e);                                                                                            \
-  }                                                                                                                  \
-  template <class U>                                                                                                 \
-  attribute __attribute__((noinline)) void live_##level(const U* x, U* to, const uint8_t* live, int64_t n) {         \
-    keep_live(x, to, live, n);                                                                                       \
   }                                                                                                                  \
   template <class U>                                                                                                 \
   attribute __attribute__((noinline)) bool finite_##level(const U* x, int64_t n, U exponent) {                       \
@@ -176,10 +177,6 @@ void relu_at_level(T* z, uint8_t* bits, int64_t begin, int64_t end) {
 template <class U>
 void keep_at_level(const U* from, U* to, const uint8_t* bits, int64_t begin, int64_t end) {
   TORSION_PICK(keep, from, to, bits, begin, end);
-}
-template <class U>
-void live_at_level(const U* from, U* to, const uint8_t* live, int64_t n) {
-  TORSION_PICK(live, from, to, live, n);
 }
 template <class U>
 bool finite_at_level(const U* x, int64_t n, U exponent) {
@@ -247,11 +244,22 @@ void keep_bits(const void* from, void* to, const uint8_t* bits, int size, int64_
   by_size(size, [&]<class U>(U) { keep_at_level(static_cast<const U*>(from), static_cast<U*>(to), bits, begin, end); });
 }
 
-void keep_columns(const Blocks& from, const Blocks& to, const uint8_t* live, int size, int64_t begin, int64_t end) {
+void silence(const Blocks& from, const Blocks& to, const uint8_t* dead_row, const std::vector<int64_t>& dead_columns,
+             int size, int64_t begin, int64_t end) {
   by_size(size, [&]<class U>(U) {
-    for (int64_t r = begin; r < end; ++r)
-      live_at_level(static_cast<const U*>(from.data) + r * from.row_stride,
-                    static_cast<U*>(to.data) + r * to.row_stride, live, from.columns);
+    for (int64_t r = begin; r < end; ++r) {
+      const U* const in = static_cast<const U*>(from.data) + r * from.row_stride;
+      U* const out = static_cast<U*>(to.data) + r * to.row_stride;
+      if (dead_row && dead_row[r]) {
+        std::fill_n(out, to.columns, U(0));
+        continue;
+      }
+      if (in != out) {
+        ask_for(in + kRowsAhead * from.row_stride, out + kRowsAhead * to.row_stride, to.columns);
+        memcpy(out, in, size_t(to.columns) * sizeof(U));
+      }
+      for (const int64_t c : dead_columns) out[c] = 0;
+    }
   });
 }
 

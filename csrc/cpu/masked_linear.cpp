@@ -7,7 +7,7 @@
 //              see ops/_policy.py
 #include <torch/csrc/stable/library.h>
 
-#include <atomic>
+#include <optional>
 #include <utility>
 
 #include "tensors.h"
@@ -63,46 +63,37 @@ Tensor columns_of(const Scratch& scratch, const Tensor& t, const Axis& ax) {
   return ax.prefix ? narrow(t, 1, ax.live) : gathered(scratch, t, nullptr, ax);
 }
 
-std::vector<uint8_t> flags_of(const Axis& ax) {
-  if (ax.whole()) return std::vector<uint8_t>(size_t(ax.size), 1);
-  std::vector<uint8_t> live(size_t(ax.size), 0);
-  for (int64_t k = 0; k < ax.live; ++k) live[size_t(ax.list[k])] = 1;
-  return live;
+// What is dead on an axis: a flag for each unit and the dead ones one after another.
+struct Dead {
+  std::vector<uint8_t> is;
+  std::vector<int64_t> list;
+
+  explicit Dead(const Axis& ax) : is(size_t(ax.size), ax.whole() ? 0 : 1) {
+    if (ax.whole()) return;
+    for (int64_t k = 0; k < ax.live; ++k) is[size_t(ax.list[k])] = 0;
+    for (int64_t c = 0; c < ax.size; ++c)
+      if (is[size_t(c)]) list.push_back(c);
+  }
+};
+
+// `to` = `from` with zeros in dead columns, and in dead rows; both may be one matrix.
+void silenced(const Blocks& from, const Blocks& to, const Axis* rows, const Axis& columns, int size) {
+  const Dead column(columns);
+  const std::optional<Dead> row = rows ? std::optional<Dead>(*rows) : std::nullopt;
+  by_rows(to, [&](int64_t begin, int64_t end) {
+    silence(from, to, row ? row->is.data() : nullptr, column.list, size, begin, end);
+  });
 }
 
-// A copy with zeros in dead columns, and in dead rows.
 Tensor zeroed(const Scratch& scratch, const Tensor& t, const Axis* rows, const Axis& columns) {
-  const std::vector<uint8_t> row = rows ? flags_of(*rows) : std::vector<uint8_t>{}, column = flags_of(columns);
   Tensor out = scratch.empty(t, t.size(0), t.size(1));
-  const Blocks a = blocks_of(t, kOp, "operand"), b = blocks_of(out, kOp, "operand");
-  const int size = size_of(t, kOp);
-  by_rows(b, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r)
-      if (!rows || row[size_t(r)])
-        keep_columns(a, b, column.data(), size, r, r + 1);
-      else
-        memset(static_cast<char*>(b.data) + size_t(r * b.row_stride * size), 0, size_t(b.columns * size));
-  });
+  silenced(blocks_of(t, kOp, "operand"), blocks_of(out, kOp, "operand"), rows, columns, size_of(t, kOp));
   return out;
 }
 
-// Zeros into dead columns, and into dead rows.
 void zero_dead(Tensor& t, const Axis* rows, const Axis& columns) {
-  const std::vector<uint8_t> row = rows ? flags_of(*rows) : std::vector<uint8_t>{}, column = flags_of(columns);
-  std::vector<int64_t> dead;
-  for (int64_t c = 0; c < columns.size; ++c)
-    if (!column[size_t(c)]) dead.push_back(c);
   const Blocks b = blocks_of(t, kOp, "result");
-  const size_t size = size_t(size_of(t, kOp));
-  by_rows(b, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      char* const at = static_cast<char*>(b.data) + size_t(r * b.row_stride) * size;
-      if (rows && !row[size_t(r)])
-        memset(at, 0, size_t(b.columns) * size);
-      else
-        for (const int64_t c : dead) memset(at + size_t(c) * size, 0, size);
-    }
-  });
+  silenced(b, b, rows, columns, size_of(t, kOp));
 }
 
 // Whether a product of the full sizes met nothing in `a` but finite numbers. Zeros in the weight silence what is dead as

@@ -170,17 +170,28 @@ def _compiled(x: Tensor) -> bool:
     return x.is_cpu and _native.C is not None
 
 
+# Views cost microseconds that a matrix need not pay.
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
+
+
+def _shaped(rows: Tensor, like: Tensor) -> Tensor:
+    return rows if like.dim() == 2 else rows.view(*like.shape[:-1], rows.shape[1])
+
+
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, in_idx: Tensor | None, out_idx: Tensor | None, act: str,
     x_compact: bool, y_compact: bool, save: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    rows = x.reshape(-1, x.shape[-1])
+    rows = _rows(x)
     dense = linear_is_dense(rows.shape[0], weight, in_idx, out_idx, x_compact or y_compact)
     if _entry.asks_for_triton(x) and not dense:
         _axes(weight, in_idx, out_idx)
         kernels = importlib.import_module("torsion.triton_kernels.masked")
         y, saved = kernels.masked_linear_forward(rows, weight, bias, in_idx, out_idx, act, x_compact, y_compact, save)
-        return y.view(*x.shape[:-1], y.shape[1]), saved
+        return _shaped(y, x), saved
     linear = torch.ops.torsion.linear_forward if _compiled(x) else _plain_forward
     try:
         if act in ("none", "relu"):
@@ -192,24 +203,24 @@ def _forward(
     except RuntimeError:
         _axes(weight, in_idx, out_idx)  # raises if it was a list
         raise
-    return y.view(*x.shape[:-1], y.shape[1]), saved
+    return _shaped(y, x), saved
 
 
 def _backward(
     dy: Tensor, x: Tensor, weight: Tensor, saved: Tensor, in_idx: Tensor | None, out_idx: Tensor | None, act: str,
     x_compact: bool, y_compact: bool, wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    rows = dy.reshape(-1, dy.shape[-1])
+    rows = _rows(dy)
     linear = torch.ops.torsion.linear_backward if _compiled(x) else _plain_backward
     dense = linear_is_dense(rows.shape[0], weight, in_idx, out_idx, x_compact or y_compact)
     if act not in ("none", "relu"):
         live = rows if y_compact or dense else _columns(rows, _axes(weight, in_idx, out_idx)[1])
         rows, y_compact = _activations.backward(live, saved, act, False), not dense
+    relu = act == "relu"
     dx, dw, db = linear(
-        rows, x.reshape(-1, x.shape[-1]), weight, saved, in_idx, out_idx, act == "relu", x_compact, y_compact, dense,
-        *wanted,
+        rows, _rows(x), weight, saved, in_idx, out_idx, relu, x_compact, y_compact, dense, *wanted
     )  # fmt: skip
-    return dx.view(x.shape) if wanted[0] else dx, dw, db
+    return _shaped(dx, x) if wanted[0] else dx, dw, db
 
 
 class _Eager(torch.autograd.Function):
