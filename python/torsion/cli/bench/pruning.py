@@ -28,8 +28,9 @@ _RELATIVE = 1e-5
 _TOKENS, _BATCH, _LIST = 2048, 64, "resnet18"
 _SEEDS, _STEPS = 5, 0
 """Of whole trainings; 0 steps: the task's own."""
-_WIDTH = 96
-"""Channels of the first convolutions. At the demo's 64 a step of the cut network is overhead on two threads."""
+_WIDTH, _RATE, _LASSO = 128, 0.4, 0.01
+"""Channels of the first convolutions, twice the demo's: with its 64 a step of the cut network is overhead on two
+threads. For such a network rate and lasso are the most accurate of (0.4, 0.8) and (0.01, 0.02) on the tuning folds."""
 _DENSE, _READ, _ALONE = "dense", "one read", "AdaTAMW"
 
 
@@ -141,6 +142,7 @@ def _noised(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> Step:
 
 def _training(place: Place) -> Iterator[Figure]:
     """Whole runs of the demo's convolutional network, made wider, on digits: dense and with DemP, over five seeds."""
+    from torsion.cli.demo.arms import Choice
     from torsion.cli.demo.rates import best_choice
     from torsion.cli.demo.registry import select
     from torsion.cli.demo.shrinking import CONVOLUTIONAL, convolutional
@@ -152,7 +154,8 @@ def _training(place: Place) -> Iterator[Figure]:
     data, steps = task.load(place.device), _STEPS or task.steps
     for seed in range(_SEEDS):
         for arm in comparison.arms:
-            plan = Plan(task, arm, best_choice(task.name, arm.name), seed, steps, place.device)
+            choice = Choice(_RATE, _LASSO) if arm.shrinking else best_choice(task.name, arm.name)
+            plan = Plan(task, arm, choice, seed, steps, place.device)
             runs[arm.name].append(train(plan, data, lambda *_: None, lambda: False))
     dense, pruned = runs.values()
     where, note = f"digits, {_WIDTH} channels, {_SEEDS} seeds", f"{steps} steps each; evaluations off the clock"
