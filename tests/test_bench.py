@@ -91,6 +91,7 @@ def test_a_run_prints_every_contestant_and_writes_a_record_and_a_plot(capsys, tm
 def brief(monkeypatch):
     """Layers and networks that take seconds."""
     monkeypatch.setattr(layers, "_ROWS", 8)
+    monkeypatch.setattr(layers, "_MANY_ROWS", 16)
     monkeypatch.setattr(layers, "_WIDTHS", (64, 96))
     monkeypatch.setattr(pruning, "_TOKENS", 16)
     monkeypatch.setattr(pruning, "_BATCH", 2)

@@ -16,10 +16,10 @@ from torsion.cli.bench.versus import agree, versus
 
 __all__ = ["masked_figures"]
 
-_ROWS = 1024
+_ROWS, _MANY_ROWS = 1024, 4096
 _WIDTHS = (1024, 2048)
 _RELATIVE = 1e-4
-"""float32 sums of up to 2048 terms, in whatever order a library takes them (seen: 3e-6)."""
+"""float32 sums of up to 4096 terms, in whatever order a library takes them (seen: 3e-6)."""
 _DENSE = "dense"
 
 
@@ -30,6 +30,11 @@ class _Case:
     n: int
     live: float
     sorted: bool
+    rows: int
+
+    def __str__(self) -> str:
+        rows = "" if self.rows == _ROWS else f", {self.rows} rows"
+        return f"{self.n} x {self.n}, {self.live:.0%} live{rows}"
 
     def indices(self) -> Tensor | None:
         count = round(self.n * self.live)
@@ -115,21 +120,23 @@ def _linear(
     def masked(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         return torsion.ops.masked_linear(x, w, b, index, index, x_compact=compact, y_compact=compact)
 
-    where, shapes = f"{case.n} x {case.n}, {case.live:.0%} live", ((_ROWS, case.n), (case.n, case.n))
-    yield from _figures(place, where, name, masked, F.linear, shapes, live, limit, share, compact=compact)
+    shapes = ((case.rows, case.n), (case.n, case.n))
+    yield from _figures(place, str(case), name, masked, F.linear, shapes, live, limit, share, compact=compact)
 
 
 def _small(place: Place, case: _Case) -> Iterator[Figure]:
     """A dense layer of the live size: what a masked one could be at best."""
     torch.manual_seed(0)
-    (x, w, b, dy), (xs, ws, bs, dys) = (_made((_ROWS, n), (n, n), place) for n in (case.n, round(case.n * case.live)))
-    where, name = f"{case.n} x {case.n}, {case.live:.0%} live", "dense layer of the live size"
-    steps = {_DENSE: _both_ways(F.linear, x, w, b, dy)}
-    yield from versus(place, where, steps, {name: _both_ways(F.linear, xs, ws, bs, dys)}, ideal={name: case.live**2})
+    widths = (case.n, round(case.n * case.live))
+    (x, w, b, dy), (xs, ws, bs, dys) = (_made((case.rows, n), (n, n), place) for n in widths)
+    steps, name = {_DENSE: _both_ways(F.linear, x, w, b, dy)}, "dense layer of the live size"
+    yield from versus(
+        place, str(case), steps, {name: _both_ways(F.linear, xs, ws, bs, dys)}, ideal={name: case.live**2}
+    )
 
 
 def _conv(place: Place, share: float, most: float) -> Iterator[Figure]:
-    live = _Case(128, share, sorted=False).indices()
+    live = _Case(128, share, sorted=False, rows=_ROWS).indices()
     index = None if live is None else live.to(place.device)
 
     def masked(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
@@ -150,17 +157,18 @@ def masked_figures(place: Place) -> Iterator[Figure]:
         GateError: a masked layer computes something else than the dense one with zeros.
     """
     torch.manual_seed(0)
-    for n in _WIDTHS:
+    sizes = (*((n, _ROWS) for n in _WIDTHS), (_WIDTHS[0], _MANY_ROWS))
+    for n, rows in sizes:
         for live in (0.25, 0.5):
-            case = _Case(n, live, sorted=True)
+            case = _Case(n, live, True, rows)
             yield from _linear(place, case, "masked linear, cached order", Limit(1.4, ()), live * live, compact=True)
             yield from _linear(place, case, "the same, all of x and y", None, live * live)
             yield from _small(place, case)
     for n, limit in ((512, 1 / 2.2), *((n, 1 / 2.5) for n in _WIDTHS)):
-        yield from _linear(place, _Case(n, 0.5, sorted=False), "masked linear, any order", Limit(limit, ()))
+        yield from _linear(place, _Case(n, 0.5, False, _ROWS), "masked linear, any order", Limit(limit, ()))
     for n in (512, _WIDTHS[-1]):
-        yield from _linear(place, _Case(n, 1.0, sorted=True), "masked linear, all live", Limit(1.03, ()))
-    for n in _WIDTHS:
-        yield from _linear(place, _Case(n, 0.95, sorted=False), "masked linear, nearly all live", Limit(1.03, ()))
+        yield from _linear(place, _Case(n, 1.0, True, _ROWS), "masked linear, all live", Limit(1.03, ()))
+    for n, rows in sizes:
+        yield from _linear(place, _Case(n, 0.95, False, rows), "masked linear, nearly all live", Limit(1.03, ()))
     for share, most in ((0.5, 0.40), (0.95, 1.03)):
         yield from _conv(place, share, most)
