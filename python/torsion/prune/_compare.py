@@ -55,8 +55,7 @@ def difference(
         except Exception as error:
             raise RuntimeError(
                 f"the model with fewer units does not run on {describe(x)} ({type(error).__name__}: {error}); "
-                "something in "
-                "it depends on the number of units. Nothing was cut"
+                "something in it depends on the number of units. Nothing was cut"
             ) from error
         if [t.shape for t in new] != [t.shape for t in old]:
             raise RuntimeError(
@@ -73,8 +72,7 @@ def difference(
             if tolerance is not None and not gap <= bound:
                 raise RuntimeError(
                     f"the cut changes an output of {describe(x)} by {gap:.3g}, more than {bound:.3g}: a unit that "
-                    "would go "
-                    "still acts there. Nothing was cut; observe more batches, or keep the unit"
+                    "would go still acts there. Nothing was cut; observe more batches, or keep the unit"
                 )
     return worst
 

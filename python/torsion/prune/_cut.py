@@ -146,8 +146,7 @@ def compact(
     if wrapper(model) is not None:
         raise ValueError(
             "model=DistributedDataParallel: its buckets hold the parameters as they are; pass model.module, and wrap "
-            "it "
-            "anew after the cut"
+            "it anew after the cut"
         )
     model = unwrapped(model)
     structure = trace(model, example_inputs)
@@ -173,9 +172,8 @@ def _all_of_a_group(structure: Structure, live: Mapping[str, Tensor]) -> None:
         counts = ((rows < 0) | kept[roots[rows.clamp(min=0)]]).sum(1)
         if bool(((counts > 0) & (counts < rows.size(1))).any()):
             raise ValueError(
-                f"{why}: {counts.tolist()} of {rows.size(1)} channels in each group would be left, but the channels "
-                "of a "
-                "group share statistics; cut whole groups, or leave the layer before it out of the masks"
+                f"{why}: {counts.tolist()} of {rows.size(1)} channels in each group would be left, but the channels of "
+                "a group share statistics; cut whole groups, or leave the layer before it out of the masks"
             )
 
 

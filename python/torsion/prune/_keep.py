@@ -82,8 +82,7 @@ def kept_classes(structure: Structure, live: Mapping[str, Tensor], roots: Tensor
         if mask.shape != block.ids.shape:
             raise ValueError(
                 f"{block.layer}: the mask has shape {tuple(mask.shape)}, but the layer has {len(block.ids)} units; "
-                "pass "
-                "one bool for each of them"
+                "pass one bool for each of them"
             )
         said[roots[block.ids]] = True
         kept[roots[block.ids[mask]]] = True

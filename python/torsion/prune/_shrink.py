@@ -182,9 +182,8 @@ def check_copies(model: nn.Module, copies: Sequence[nn.Module], plan: Plan) -> N
                 raise ValueError(f"also[{i}]: has no {name}, which is cut in the model; pass a copy of the same model")
             if t.shape != own[name].shape:
                 raise ValueError(
-                    f"also[{i}].{name}: shape {tuple(t.shape)}, but {tuple(own[name].shape)} in the model; pass a "
-                    "copy of "
-                    "the model as it is now"
+                    f"also[{i}].{name}: shape {tuple(t.shape)}, but {tuple(own[name].shape)} in the model; pass a copy "
+                    "of the model as it is now"
                 )
             if t is own[name]:
                 raise ValueError(f"also[{i}].{name}: is the model's own; pass a copy with parameters of its own")

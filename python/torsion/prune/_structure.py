@@ -187,8 +187,7 @@ def trace(model: nn.Module, example_inputs: Any, *, rehearse: bool = True) -> St
         except Exception as error:
             raise RuntimeError(
                 f"example_inputs ({describe(example_inputs)}): {type(model).__name__} does not run on them in "
-                "evaluation "
-                f"mode: {type(error).__name__}: {error}"
+                f"evaluation mode: {type(error).__name__}: {error}"
             ) from error
         structure = Structure(symbols)
         if rehearse:
@@ -273,9 +272,8 @@ def check_model(model: Any) -> None:
             c.__name__ for c in type(module).__mro__
         }:
             raise ValueError(
-                f"{name or type(module).__name__}: is sharded by FSDP, whose parameters cannot be cut one by one; "
-                "cut the "
-                "model before it is sharded, or train it with DistributedDataParallel"
+                f"{name or type(module).__name__}: is sharded by FSDP, whose parameters cannot be cut one by one; cut "
+                "the model before it is sharded, or train it with DistributedDataParallel"
             )
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(
@@ -285,8 +283,7 @@ def check_model(model: Any) -> None:
         if hasattr(p, "placements") or type(p).__name__ in ("FlatParameter", "DTensor"):
             raise ValueError(
                 f"{name}: is a sharded parameter ({type(p).__name__}, FSDP or tensor parallel), which cannot be cut; "
-                "cut "
-                "the model before it is sharded, or train it with DistributedDataParallel"
+                "cut the model before it is sharded, or train it with DistributedDataParallel"
             )
         if isinstance(p, nn.parameter.UninitializedParameter):
             raise ValueError(f"{name}: is not initialized; run the model once before it is traced")

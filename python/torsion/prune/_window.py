@@ -122,8 +122,7 @@ def _run(model: nn.Module, symbols: Symbols, batch: Any, tally: Tally) -> None:
         follower = follow(model, symbols, batch, tally.watch, slopes=tally.criterion == "saturation")
     except Exception as error:
         raise RuntimeError(
-            f"batch {tally.drawn} of the window ({describe(batch)}): the model does not run on it in evaluation "
-            "mode: "
+            f"batch {tally.drawn} of the window ({describe(batch)}): the model does not run on it in evaluation mode: "
             f"{type(error).__name__}: {error}"
         ) from error
     tally.add(follower, symbols)
@@ -205,8 +204,7 @@ class Tally:
             if units:
                 return (
                     f"{block.layer}: the activation of unit {units[0]} is not finite in batch {self.drawn} of the "
-                    "window, "
-                    "so nothing is measured or cut; look for NaN or Inf in the inputs and weights"
+                    "window, so nothing is measured or cut; look for NaN or Inf in the inputs and weights"
                 )
         return f"an activation is not finite in batch {self.drawn} of the window"
 
