@@ -76,31 +76,30 @@ def polar(a, b, MATHS: tl.constexpr):
         c = w + ((1.0 - w - half) + z * (z * c))
         return r, quarters.to(tl.uint32), s, c
     else:
-        # Cephes' logf, times -2; u is 2^24 times the uniform number, odd.
+        # Polynomials of our own fit; u is 2^24 times the uniform number, odd, and 2^e (1 + f) with 1 + f in [3/4, 3/2).
         u = ((a >> 8) | 1).to(tl.int32)
-        bits = u.to(tl.float32).to(tl.int32, bitcast=True) + (0x3F800000 - 0x3F3504F3)
+        bits = u.to(tl.float32).to(tl.int32, bitcast=True) + (0x3F800000 - 0x3F400000)
         e = ((bits >> 23) - (127 + 24)).to(tl.float32)
-        f = ((bits & 0x7FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
-        p = tl.fma(f, -2 * 7.0376836292e-2, 2 * 1.1514610310e-1)
-        p = tl.fma(p, f, -2 * 1.1676998740e-1)
-        p = tl.fma(p, f, 2 * 1.2420140846e-1)
-        p = tl.fma(p, f, -2 * 1.4249322787e-1)
-        p = tl.fma(p, f, 2 * 1.6668057665e-1)
-        p = tl.fma(p, f, -2 * 2.0000714765e-1)
-        p = tl.fma(p, f, 2 * 2.4999993993e-1)
-        p = tl.fma(p, f, -2 * 3.3333331174e-1)
-        p = tl.fma(p, f, 1.0)
+        f = ((bits & 0x7FFFFF) + 0x3F400000).to(tl.float32, bitcast=True) - 1.0
+        p = tl.fma(f, -1.08265057e-1, 2.41347428e-1)
+        p = tl.fma(p, f, -2.99678308e-1)
+        p = tl.fma(p, f, 3.36456219e-1)
+        p = tl.fma(p, f, -3.99541546e-1)
+        p = tl.fma(p, f, 4.99868846e-1)
+        p = tl.fma(p, f, -6.66670971e-1)
+        p = tl.fma(p, f, 1.00000121)
         p = tl.fma(p, f, -2.0)
         r = tl.sqrt_rn(tl.fma(p, f, e * -1.38629436))  # plain sqrt is approximate in float32
-        u = ((b >> 8) | 1).to(tl.int32)
-        quarters = (u + (1 << 21)) >> 22
-        x = (u - (quarters << 22)).to(tl.float32) * (1.57079633 / (1 << 22))
+        # In 32 bits to the turn: quarter turns, rounded, are the top two of a sum; what is left the number shifted by two.
+        angle = ((b >> 8) | 1).to(tl.uint32) << 8
+        quarters = (angle + (1 << 29)) >> 30
+        x = (angle << 2).to(tl.int32, bitcast=True).to(tl.float32) * (1.57079633 / (1 << 32))
         z = x * x
-        s = tl.fma(z, -1.9515295891e-4, 8.3321608736e-3)
-        s = tl.fma(tl.fma(s, z, -1.6666654611e-1), z * x, x)
-        c = tl.fma(z, 2.443315711809948e-5, -1.388731625493765e-3)
-        c = tl.fma(tl.fma(c, z, 4.166664568298827e-2), z * z, tl.fma(z, -0.5, 1.0))
-        return r, quarters.to(tl.uint32), s, c
+        s = tl.fma(z, -1.95172987e-4, 8.33217814e-3)
+        s = tl.fma(tl.fma(s, z, -1.66666549e-1), z * x, x)
+        c = tl.fma(z, -1.35918525e-3, 4.16557769e-2)
+        c = tl.fma(tl.fma(c, z, -4.99998847e-1), z, 1.0)
+        return r, quarters, s, c
 
 
 @triton.jit

@@ -147,7 +147,7 @@ class Noise {
   using Strip = cpu::Strip<kRounded<T>>;
 
  public:
-  Noise(const NoiseRows& to, double sigma) : to_(to), sigma_(R(sigma)) {}
+  Noise(const NoiseRows& to, double sigma) : to_(to), keys_(to.key), sigma_(R(sigma)) {}
 
   void add(int64_t begin, int64_t end) {
     const bool whole_columns = !to_.column_of && !to_.column_live && to_.columns == to_.original_columns;
@@ -207,8 +207,8 @@ class Noise {
       // What is noised next is fetched while the noise of this is made.
       for (int64_t line = 0; line < kStrip * int64_t(sizeof(T)); line += 64)
         __builtin_prefetch(reinterpret_cast<const char*>(p + i + kStrip) + line, 1);
-      normals(to_.key, uint64_t(first) >> 2, (last >> 2) - (first >> 2) + 1, normal_);
-      if constexpr (kRounded<T>) noise_rounding(to_.key, uint64_t(first) >> 3, (last >> 3) - (first >> 3) + 1, bits_);
+      normals(keys_, uint64_t(first) >> 2, (last >> 2) - (first >> 2) + 1, normal_);
+      if constexpr (kRounded<T>) noise_rounding(keys_, uint64_t(first) >> 3, (last >> 3) - (first >> 3) + 1, bits_);
       add_.run(p + i, normal_ + (first & 3), bits_ + (first & 7), sigma_, m);
     }
   }
@@ -255,13 +255,14 @@ class Noise {
   // `base`, a multiple of 8, is the element that the strip's numbers count from.
   void add_strip(T* p, const Strip& strip, int64_t base) {
     if (!strip.normals.n) return;
-    normals_at(to_.key, strip.normals.block.data(), uint64_t(base) >> 2, strip.normals.n, normal_);
+    normals_at(keys_, strip.normals.block.data(), uint64_t(base) >> 2, strip.normals.n, normal_);
     if constexpr (kRounded<T>)
-      noise_rounding_at(to_.key, strip.rounding.block.data(), uint64_t(base) >> 3, strip.rounding.n, bits_);
+      noise_rounding_at(keys_, strip.rounding.block.data(), uint64_t(base) >> 3, strip.rounding.n, bits_);
     add_.strip(p, normal_, bits_, sigma_, strip);
   }
 
   const NoiseRows& to_;
+  const RoundKeys keys_;
   const R sigma_;
   const Add<T, R> add_ = add_of_level<T, R>();
   // A strip may need one block for each element, a stretch one more than its share.

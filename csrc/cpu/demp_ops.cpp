@@ -15,17 +15,17 @@ namespace {
 constexpr int64_t kPiece = 1 << 16;  // numbers a thread takes at a time
 
 template <class Q, class R>
-void write_normals(NoiseKey key, Q* out, int64_t begin, int64_t end) {
+void write_normals(const RoundKeys& keys, Q* out, int64_t begin, int64_t end) {
   if constexpr (std::is_same_v<Q, R>) {
     const int64_t whole = (end - begin) / 4;
-    normals(key, uint64_t(begin) / 4, whole, out + begin);
+    normals(keys, uint64_t(begin) / 4, whole, out + begin);
     begin += 4 * whole;
   }
   constexpr int64_t kBuffer = 1024;
   R x[kBuffer];
   for (int64_t i = begin; i < end; i += kBuffer) {
     const int64_t m = std::min(kBuffer, end - i);
-    normals(key, uint64_t(i) / 4, (m + 3) / 4, x);
+    normals(keys, uint64_t(i) / 4, (m + 3) / 4, x);
     for (int64_t j = 0; j < m; ++j) out[i + j] = Narrow<Q>::nearest(x[j]);
   }
 }

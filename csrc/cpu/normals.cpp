@@ -1,119 +1,16 @@
-// Normals and rounding bits in bulk. The words are made by hand-written vectors: gcc turns the 32 x 32 -> 64 bit product
-// of a plain loop into two or three times as many instructions. What follows are plain loops.
-//
-// Blocks lie in 64-bit lanes, whose upper halves hold rubbish between the rounds: the multiplication reads lower ones.
+// Normals and rounding bits in bulk. Words come from philox_words.h, and plain loops spend them; but for float32 with
+// AVX-512, where words and normals are made in registers.
 #include "normals.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
-#include "engine/isa.h"
+#include "philox_words.h"
 #include "rules/philox_normal.h"
-
-#ifdef TORSION_X86_LEVELS
-#include <immintrin.h>
-// gcc 12 takes the undefined lanes of its own intrinsics for a mistake (gcc bug 105593).
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
 
 namespace torsion::cpu {
 namespace {
-
-constexpr int kBlocks = 64;  // per round trip through the arrays below: 2 KB of words
-
-// Words 0 and 2 of block j at first[2 j] and first[2 j + 1], words 1 and 3 likewise: pairs lie side by side.
-struct alignas(64) Words {
-  uint32_t first[2 * kBlocks], second[2 * kBlocks];
-};
-
-struct Range {
-  uint64_t first;
-  TORSION_INLINE uint64_t operator[](int64_t j) const { return first + uint64_t(j); }
-};
-
-struct Listed {
-  const int64_t* block;
-  uint64_t offset;
-  TORSION_INLINE uint64_t operator[](int64_t j) const { return uint64_t(block[j]) + offset; }
-};
-
-template <class Source>
-TORSION_INLINE void words_base(NoiseKey key, Source source, int64_t from, int n, Words& out) {
-  for (int j = 0; j < n; ++j) {
-    const Philox block = philox(key.seed, source[from + j], key.step, key.tensor_id);
-    out.first[2 * j] = block.word[0];
-    out.first[2 * j + 1] = block.word[2];
-    out.second[2 * j] = block.word[1];
-    out.second[2 * j + 1] = block.word[3];
-  }
-}
-
-#ifdef TORSION_X86_LEVELS
-TORSION_V3 TORSION_INLINE __m256i counters_v3(Range source, int64_t j) {
-  return _mm256_add_epi64(_mm256_set1_epi64x(int64_t(source[j])), _mm256_set_epi64x(3, 2, 1, 0));
-}
-TORSION_V3 TORSION_INLINE __m256i counters_v3(Listed source, int64_t j) {
-  const __m256i block = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source.block + j));
-  return _mm256_add_epi64(_mm256_set1_epi64x(int64_t(source.offset)), block);
-}
-
-template <class Source>
-TORSION_V3 TORSION_INLINE void words_v3(NoiseKey key, Source source, int64_t from, int n, Words& out) {
-  const __m256i a = _mm256_set1_epi64x(0xD2511F53), b = _mm256_set1_epi64x(0xCD9E8D57);
-  const __m256i step = _mm256_set1_epi64x(key.step), tensor = _mm256_set1_epi64x(key.tensor_id);
-  for (int j = 0; j < n; j += 4) {
-    __m256i c0 = counters_v3(source, from + j), c1 = _mm256_srli_epi64(c0, 32), c2 = step, c3 = tensor;
-    uint32_t k0 = uint32_t(key.seed), k1 = uint32_t(key.seed >> 32);
-#pragma GCC unroll 10
-    for (int round = 0; round < 10; ++round) {
-      const __m256i x = _mm256_mul_epu32(c0, a), y = _mm256_mul_epu32(c2, b);
-      c0 = _mm256_xor_si256(_mm256_srli_epi64(y, 32), _mm256_xor_si256(c1, _mm256_set1_epi64x(k0)));
-      c2 = _mm256_xor_si256(_mm256_srli_epi64(x, 32), _mm256_xor_si256(c3, _mm256_set1_epi64x(k1)));
-      c1 = y;
-      c3 = x;
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
-    }
-    auto store = [](uint32_t* to, __m256i even, __m256i odd) __attribute__((target("arch=x86-64-v3"), always_inline)) {
-      _mm256_store_si256(reinterpret_cast<__m256i*>(to), _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa));
-    };
-    store(out.first + 2 * j, c0, c2);
-    store(out.second + 2 * j, c1, c3);
-  }
-}
-
-TORSION_V4 TORSION_INLINE __m512i counters_v4(Range source, int64_t j) {
-  return _mm512_add_epi64(_mm512_set1_epi64(int64_t(source[j])), _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0));
-}
-TORSION_V4 TORSION_INLINE __m512i counters_v4(Listed source, int64_t j) {
-  return _mm512_add_epi64(_mm512_set1_epi64(int64_t(source.offset)), _mm512_loadu_si512(source.block + j));
-}
-
-template <class Source>
-TORSION_V4 TORSION_INLINE void words_v4(NoiseKey key, Source source, int64_t from, int n, Words& out) {
-  const __m512i a = _mm512_set1_epi64(0xD2511F53), b = _mm512_set1_epi64(0xCD9E8D57);
-  const __m512i step = _mm512_set1_epi64(key.step), tensor = _mm512_set1_epi64(key.tensor_id);
-  constexpr int kXor = 0x96;  // of three
-  for (int j = 0; j < n; j += 8) {
-    __m512i c0 = counters_v4(source, from + j), c1 = _mm512_srli_epi64(c0, 32), c2 = step, c3 = tensor;
-    uint32_t k0 = uint32_t(key.seed), k1 = uint32_t(key.seed >> 32);
-#pragma GCC unroll 10
-    for (int round = 0; round < 10; ++round) {
-      const __m512i x = _mm512_mul_epu32(c0, a), y = _mm512_mul_epu32(c2, b);
-      c0 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(y, 32), c1, _mm512_set1_epi64(k0), kXor);
-      c2 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(x, 32), c3, _mm512_set1_epi64(k1), kXor);
-      c1 = y;
-      c3 = x;
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
-    }
-    _mm512_store_si512(out.first + 2 * j, _mm512_mask_blend_epi32(0xaaaa, c0, _mm512_slli_epi64(c2, 32)));
-    _mm512_store_si512(out.second + 2 * j, _mm512_mask_blend_epi32(0xaaaa, c1, _mm512_slli_epi64(c3, 32)));
-  }
-}
-#endif
 
 template <class R, int kPairs>
 TORSION_INLINE void box_muller(const uint32_t* first, const uint32_t* second, R* out) {
@@ -153,15 +50,15 @@ TORSION_INLINE void spend(const Words& words, int n, uint16_t* out) {
 template <class Out>
 constexpr int kPerBlock = sizeof(Out) == 2 ? 8 : 4;
 
-#define TORSION_FILL(level, attribute)                                                                      \
-  template <class Source, class Out>                                                                        \
-  attribute __attribute__((noinline)) void fill_##level(NoiseKey key, Source source, int64_t n, Out* out) { \
-    Words words;                                                                                            \
-    for (int64_t j = 0; j < n; j += kBlocks) {                                                              \
-      const int m = int(std::min<int64_t>(n - j, kBlocks));                                                 \
-      words_##level(key, source, j, (m + int(kListed) - 1) / int(kListed) * int(kListed), words);           \
-      spend(words, m, out + kPerBlock<Out> * j);                                                            \
-    }                                                                                                       \
+#define TORSION_FILL(level, attribute)                                                                               \
+  template <class Source, class Out>                                                                                 \
+  attribute __attribute__((noinline)) void fill_##level(const RoundKeys& keys, Source source, int64_t n, Out* out) { \
+    Words words;                                                                                                     \
+    for (int64_t j = 0; j < n; j += kBlocks) {                                                                       \
+      const int m = int(std::min<int64_t>(n - j, kBlocks));                                                          \
+      words_##level(keys, source, j, (m + int(kListed) - 1) / int(kListed) * int(kListed), words);                   \
+      spend(words, m, out + kPerBlock<Out> * j);                                                                     \
+    }                                                                                                                \
   }
 TORSION_FILL(base, )
 #ifdef TORSION_X86_LEVELS
@@ -170,30 +67,110 @@ TORSION_FILL(v4, TORSION_V4)
 #endif
 #undef TORSION_FILL
 
-template <class Source, class Out>
-void fill(NoiseKey key, Source source, int64_t n, Out* out) {
 #ifdef TORSION_X86_LEVELS
-  if (isa_level() == 2) return fill_v4(key, source, n, out);
-  if (isa_level() == 1) return fill_v3(key, source, n, out);
+TORSION_V4 TORSION_INLINE __m512 with_sign(__m512 x, __m512i of) {
+  constexpr int kXorAnd = 0x78;  // a ^ (b & c)
+  const __m512i sign = _mm512_set1_epi32(int32_t(1u << 31));
+  return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(x), of, sign, kXorAnd));
+}
+
+#define TORSION_EACH for (int k = 0; k < Abreast; ++k)
+
+// Normal<float> for 32 numbers from each pair of vectors, step by step for all of them, as gcc does not interleave loops.
+template <int Abreast>
+TORSION_V4 TORSION_INLINE void box_muller_v4(const Words8 (&words)[Abreast], float* out) {
+  using N = Normal<float>;
+  constexpr int kAndOr = 0xea;  // (a & b) | c
+  const __m512i kept = _mm512_set1_epi32(~0x1ff), half = _mm512_set1_epi32(0x100);
+  __m512i angle[Abreast], quarters[Abreast];
+  __m512 f[Abreast], r[Abreast], x[Abreast], z[Abreast], s[Abreast], c[Abreast];
+  TORSION_EACH {
+    const __m512 u = _mm512_cvtepu32_ps(_mm512_ternarylogic_epi32(words[k].first, kept, half, kAndOr));  // 2^32 u
+    f[k] = _mm512_sub_ps(_mm512_getmant_ps(u, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_zero), _mm512_set1_ps(1.f));
+    const __m512 e = _mm512_getexp_ps(_mm512_mul_ps(u, _mm512_set1_ps(4 / 3.f / 4294967296.f)));
+    r[k] = _mm512_mul_ps(e, _mm512_set1_ps(N::kMinusTwoLog2));
+    angle[k] = _mm512_ternarylogic_epi32(words[k].second, kept, half, kAndOr);
+    quarters[k] = _mm512_add_epi32(angle[k], _mm512_set1_epi32(1 << 29));
+    x[k] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_slli_epi32(angle[k], 2)), _mm512_set1_ps(N::kQuarter));
+    z[k] = _mm512_mul_ps(x[k], x[k]);
+  }
+  __m512 p[Abreast];
+  TORSION_EACH p[k] = _mm512_fmadd_ps(_mm512_set1_ps(N::kLog9), f[k], _mm512_set1_ps(N::kLog8));
+  TORSION_EACH p[k] = _mm512_fmadd_ps(p[k], f[k], _mm512_set1_ps(N::kLog7));
+  TORSION_EACH p[k] = _mm512_fmadd_ps(p[k], f[k], _mm512_set1_ps(N::kLog6));
+  TORSION_EACH p[k] = _mm512_fmadd_ps(p[k], f[k], _mm512_set1_ps(N::kLog5));
+  TORSION_EACH p[k] = _mm512_fmadd_ps(p[k], f[k], _mm512_set1_ps(N::kLog4));
+  TORSION_EACH p[k] = _mm512_fmadd_ps(p[k], f[k], _mm512_set1_ps(N::kLog3));
+  TORSION_EACH p[k] = _mm512_fmadd_ps(p[k], f[k], _mm512_set1_ps(N::kLog2));
+  TORSION_EACH p[k] = _mm512_fmadd_ps(p[k], f[k], _mm512_set1_ps(-2.f));
+  TORSION_EACH r[k] = _mm512_sqrt_ps(_mm512_fmadd_ps(p[k], f[k], r[k]));
+  TORSION_EACH s[k] = _mm512_fmadd_ps(_mm512_set1_ps(N::kSin7), z[k], _mm512_set1_ps(N::kSin5));
+  TORSION_EACH c[k] = _mm512_fmadd_ps(_mm512_set1_ps(N::kCos6), z[k], _mm512_set1_ps(N::kCos4));
+  TORSION_EACH s[k] = _mm512_fmadd_ps(s[k], z[k], _mm512_set1_ps(N::kSin3));
+  TORSION_EACH c[k] = _mm512_fmadd_ps(c[k], z[k], _mm512_set1_ps(N::kCos2));
+  TORSION_EACH s[k] = _mm512_fmadd_ps(s[k], _mm512_mul_ps(z[k], x[k]), x[k]);
+  TORSION_EACH c[k] = _mm512_fmadd_ps(c[k], z[k], _mm512_set1_ps(1.f));
+  TORSION_EACH {
+    const __mmask16 odd = _mm512_test_epi32_mask(quarters[k], _mm512_set1_epi32(1 << 30));
+    const __m512i next = _mm512_add_epi32(quarters[k], _mm512_set1_epi32(1 << 30));
+    const __m512 cosine = _mm512_mul_ps(r[k], with_sign(_mm512_mask_blend_ps(odd, c[k], s[k]), next));
+    const __m512 sine = _mm512_mul_ps(r[k], with_sign(_mm512_mask_blend_ps(odd, s[k], c[k]), quarters[k]));
+    _mm512_storeu_ps(out + 32 * k, _mm512_unpacklo_ps(cosine, sine));
+    _mm512_storeu_ps(out + 32 * k + 16, _mm512_unpackhi_ps(cosine, sine));
+  }
+}
+#undef TORSION_EACH
+
+template <int Abreast, class Source>
+TORSION_V4 TORSION_INLINE void normals_v4(const RoundKeys& keys, Source source, int64_t j, float* out) {
+  Words8 words[Abreast];
+  philox_v4(keys, source, j, order_v4(), words);
+  box_muller_v4(words, out);
+}
+
+// The float normals of fill_v4: 0.28 ns a number on a core of 4.2 GHz, four vectors abreast, 0.49 one by one.
+template <class Source>
+TORSION_V4 __attribute__((noinline)) void fill_abreast_v4(const RoundKeys& keys, Source source, int64_t n, float* out) {
+  constexpr int kAbreast = 4;
+  int64_t j = 0;
+  for (; j + 8 * kAbreast <= n; j += 8 * kAbreast) normals_v4<kAbreast>(keys, source, j, out + 4 * j);
+  for (; j + 8 <= n; j += 8) normals_v4<1>(keys, source, j, out + 4 * j);
+  if (j == n) return;
+  alignas(64) float buffer[4 * 8];
+  normals_v4<1>(keys, source, j, buffer);
+  memcpy(out + 4 * j, buffer, size_t(4 * (n - j)) * sizeof(float));
+}
 #endif
-  fill_base(key, source, n, out);
+
+template <class Source, class Out>
+void fill(const RoundKeys& keys, Source source, int64_t n, Out* out) {
+#ifdef TORSION_X86_LEVELS
+  if (isa_level() == 2) {
+    if constexpr (std::is_same_v<Out, float>)
+      return fill_abreast_v4(keys, source, n, out);
+    else
+      return fill_v4(keys, source, n, out);
+  }
+  if (isa_level() == 1) return fill_v3(keys, source, n, out);
+#endif
+  fill_base(keys, source, n, out);
 }
 
 }  // namespace
 
-void normals(NoiseKey key, uint64_t first, int64_t n, float* out) { fill(key, Range{first}, n, out); }
-void normals(NoiseKey key, uint64_t first, int64_t n, double* out) { fill(key, Range{first}, n, out); }
-void normals_at(NoiseKey key, const int64_t* block, uint64_t offset, int64_t n, float* out) {
-  fill(key, Listed{block, offset}, n, out);
+void normals(const RoundKeys& keys, uint64_t first, int64_t n, float* out) { fill(keys, Range{first}, n, out); }
+void normals(const RoundKeys& keys, uint64_t first, int64_t n, double* out) { fill(keys, Range{first}, n, out); }
+void normals_at(const RoundKeys& keys, const int64_t* block, uint64_t offset, int64_t n, float* out) {
+  fill(keys, Listed{block, offset}, n, out);
 }
-void normals_at(NoiseKey key, const int64_t* block, uint64_t offset, int64_t n, double* out) {
-  fill(key, Listed{block, offset}, n, out);
+void normals_at(const RoundKeys& keys, const int64_t* block, uint64_t offset, int64_t n, double* out) {
+  fill(keys, Listed{block, offset}, n, out);
 }
-void noise_rounding(NoiseKey key, uint64_t first, int64_t n, uint16_t* out) {
-  fill(key, Range{kNoiseRounding | first}, n, out);
+void noise_rounding(const RoundKeys& keys, uint64_t first, int64_t n, uint16_t* out) {
+  fill(keys, Range{kNoiseRounding | first}, n, out);
 }
-void noise_rounding_at(NoiseKey key, const int64_t* block, uint64_t offset, int64_t n, uint16_t* out) {
-  fill(key, Listed{block, kNoiseRounding | offset}, n, out);
+void noise_rounding_at(const RoundKeys& keys, const int64_t* block, uint64_t offset, int64_t n, uint16_t* out) {
+  fill(keys, Listed{block, kNoiseRounding | offset}, n, out);
 }
 
 }  // namespace torsion::cpu

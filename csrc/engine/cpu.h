@@ -41,6 +41,11 @@ struct Body {
   using C = typename Rule::template Coefficients<M>;
   static constexpr int S = n_streams<Rule>, N = Rule::n_sums;
   static_assert(S <= kMaxStreams);
+  // Elements worked on at once, and places of a chunk side by side.
+  static constexpr int64_t kSpan = Rule::kDemp ? std::max(Round::kSpan, kNoiseSpan) : Round::kSpan;
+  static constexpr int64_t kPlacesOfUpdate = Rule::kDemp ? 1 : Round::kPlaces;
+  static constexpr int64_t kAheadOfUpdate = Rule::kDemp ? kSpan : kAhead;
+  using Noise = std::conditional_t<Rule::kDemp, SpanNoise<M, kSpan>, NoNoise>;
 
   // The addresses of the rule's streams in a row.
   struct Streams {
@@ -79,7 +84,7 @@ struct Body {
 
   template <Pass P>
   struct Stage {
-    alignas(64) char bytes[n_staged<P> ? n_staged<P> : 1][Round::kSpan * sizeof(M)];
+    alignas(64) char bytes[n_staged<P> ? n_staged<P> : 1][kSpan * sizeof(M)];
     bool around[n_staged<P> ? n_staged<P> : 1];
 
     TORSION_INLINE Stage(const Work& work, void* const* at) {
@@ -112,9 +117,9 @@ struct Body {
           using Q = typename T::template Of<Of::role>;
           char* const to = reinterpret_cast<char*>(static_cast<Q*>(at[k]) + i);
           if (around[n])
-            write_around(to, bytes[n], Round::kSpan * sizeof(Q));
+            write_around(to, bytes[n], kSpan * sizeof(Q));
           else
-            memcpy(to, bytes[n], Round::kSpan * sizeof(Q));
+            memcpy(to, bytes[n], kSpan * sizeof(Q));
           ++n;
         }
         ++k;
@@ -126,7 +131,7 @@ struct Body {
   // Element i of the arrays is element j of the span.
   template <Pass P, bool Staged>
   static TORSION_INLINE void store(E& e, void* const* at, int64_t i, const typename Round::Block& round, int64_t j,
-                                   char (*stage)[Round::kSpan * sizeof(M)]) {
+                                   char (*stage)[kSpan * sizeof(M)]) {
     int k = 0, n = 0;
     auto give = [&]<class Of, class X>(Of, X& x) __attribute__((always_inline)) {
       if constexpr (Of::stores(P) && is_stored<Of, T>) {
@@ -215,17 +220,17 @@ struct Body {
   }
 
   // Loads, computes and stores every element of a piece.
-  template <Pass P, class Noise, class Compute>
-  static TORSION_INLINE void sweep(const Work& work, typename Round::Block& round, Noise& noise, Compute compute,
+  template <Pass P, class OfSpan, class Compute>
+  static TORSION_INLINE void sweep(const Work& work, typename Round::Block& round, OfSpan& noise, Compute compute,
                                    double (*lanes)[kLanes] = nullptr) {
     const Streams own(work.row, work.slots), next(work.next, work.slots);
     void* const* const at = own.at;
     const int64_t begin = work.begin, end = work.end;
     const M pre = M(work.pre);
     Stage<P> stage(work, at);
-    auto span = [&]<bool Staged>(int64_t x, int64_t y) __attribute__((always_inline)) {
+    auto span = [&]<bool Staged, class Ask>(int64_t x, int64_t y, Ask ask) __attribute__((always_inline)) {
       round.fill(x);
-      noise.fill(x, y);
+      noise.fill(x, y, ask);
       if constexpr (P == kUpdate && sums_in_update<Rule>) {
         // Lane by lane, as in a reduce.
         int64_t i = x;
@@ -258,21 +263,18 @@ struct Body {
       }
       if constexpr (Staged) stage.flush(at, x);
     };
-    constexpr int64_t kPlace = kChunk / Round::kPlaces;
-    static_assert(kPlace % Round::kSpan == 0);
+    constexpr int64_t kPlace = kChunk / kPlacesOfUpdate;
+    static_assert(kPlace % kSpan == 0);
     int64_t i = begin;
     auto whole = [&]<bool Staged>() __attribute__((always_inline)) {
-      for (; i < begin + kPlace; i += Round::kSpan)
-        for (int64_t x = i; x < i + kChunk; x += kPlace) {
-          prefetch<P>(at, x + kAhead, Round::kSpan);
-          span.template operator()<Staged>(x, x + Round::kSpan);
-        }
+      auto ask = [&](int64_t x, int64_t n) __attribute__((always_inline)) { prefetch<P>(at, x + kAheadOfUpdate, n); };
+      for (; i < begin + kPlace; i += kSpan)
+        for (int64_t x = i; x < i + kChunk; x += kPlace) span.template operator()<Staged>(x, x + kSpan, ask);
     };
     if (end - begin < kChunk) {
-      for (; i < end; i += Round::kSpan) {
-        prefetch<P>(next.at, work.next_begin + i - begin, Round::kSpan);
-        span.template operator()<false>(i, std::min(end, i + Round::kSpan));
-      }
+      auto ask = [&](int64_t x, int64_t n)
+                     __attribute__((always_inline)) { prefetch<P>(next.at, work.next_begin + x - begin, n); };
+      for (; i < end; i += kSpan) span.template operator()<false>(i, std::min(end, i + kSpan), ask);
     } else if (n_staged<P> > 0 && work.long_list) {
       whole.template operator()<(n_staged<P> > 0)>();
       end_of_writes_around();
@@ -285,7 +287,7 @@ struct Body {
     const typename Rule::template Coefficients<double> wide = f.coefficients[t];
     const C c = cast_numbers<C, typename Rule::template Coefficients<double>, M>(wide);
     auto round = Round::block(work.row, uint64_t(f.hyper[work.row.group].seed), uint32_t(f.steps[work.row.tensor]));
-    std::conditional_t<Rule::kDemp, SpanNoise<M, Round::kSpan>, NoNoise> noise(work.row, f);
+    Noise noise(work.row, f);
     constexpr int A = n_update_sums<Rule>;
     double lanes[A ? A : 1][kLanes] = {};
     sweep<kUpdate>(work, round, noise, [&](E& e) __attribute__((always_inline)) { Rule::update(e, c); }, lanes);

@@ -11,7 +11,7 @@ namespace torsion::cpu {
 constexpr int kBlock = 1024;
 
 struct Nearest {
-  static constexpr int kPlaces = 2, kSpan = 128;  // more of either is slower for rules with four arrays
+  static constexpr int64_t kPlaces = 2, kSpan = 128;  // more of either is slower for rules with four arrays
   struct Block {
     TORSION_INLINE void fill(int64_t) {}
     template <class Q, Role, class R>
@@ -24,7 +24,7 @@ struct Nearest {
 
 // Noise is filled in two plain loops, so that both vectorise; drawing inside the update loop would not.
 struct Stochastic {
-  static constexpr int kPlaces = 1, kSpan = kBlock;
+  static constexpr int64_t kPlaces = 1, kSpan = kBlock;
   struct Block {
     uint64_t seed;
     int64_t key;

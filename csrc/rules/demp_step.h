@@ -72,7 +72,8 @@ struct DempStep : Base {
   }
   template <class E, class C>
   TORSION_HD static void update(E& e, const C& c) {
-    e.grad = with_lasso(e.grad, c.lasso, e.param);
+    // Most rows have none, and a loop over them need not carry it.
+    if (c.lasso != 0) e.grad = with_lasso(e.grad, c.lasso, e.param);
     Base::update(e, c.base);
     e.param = demp_noise(e.param, c.sigma, e.noise);
   }
