@@ -18,10 +18,11 @@
 namespace torsion::cpu {
 namespace {
 
-constexpr int kLine = 64;        // bytes
-constexpr int64_t kLook = 2048;  // elements of a plane between two looks at what was found
-constexpr int64_t kRows = 64;    // rows between two looks, at most
-constexpr int kSums = 32;        // running sums of a plane; part of the numerics
+constexpr int kLine = 64;         // bytes
+constexpr int64_t kStretch = 64;  // elements of a plane between two requests to memory
+constexpr int64_t kLook = 2048;   // elements of a plane between two looks at what was found
+constexpr int64_t kRows = 64;     // rows between two looks, at most
+constexpr int kSums = 32;         // running sums of a plane; part of the numerics
 
 template <class T>
 constexpr int kPerLine = kLine / int(sizeof(T));
@@ -32,31 +33,87 @@ TORSION_INLINE Maths<T> value(T y) {
   return Abs ? std::abs(x) : x;
 }
 
-template <bool Abs, class T>
-TORSION_INLINE bool any_above(const T* y, int64_t n, Maths<T> tau) {
-  int found = 0;
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) found |= !(value<Abs>(y[i]) <= tau);
-  return found;
-}
-
 template <class T>
 TORSION_INLINE const T* plane(const Activation& y, int64_t o, int64_t c) {
   return static_cast<const T*>(y.data) + o * y.outer_stride + c * y.channel_stride;
 }
 
-// A live channel mostly shows within the first values, so the first look is a short one.
+// Asks memory for the planes to come: the hardware does not find the next of those that are left, and not fast enough what
+// follows (51 MB on a core that reads 52 GB/s: all dead 0.95 against 1.7 times one read, half of them 0.6 against 1.5).
+template <class T>
+class Ahead {
+ public:
+  Ahead(const Activation& y, const std::vector<int64_t>& channels) : y_(y), channels_(channels) {}
+
+  // From image o on, now that the channels are others.
+  void restart(int64_t o) {
+    o_ = o;
+    k_ = 0;
+    i_ = 0;
+    ask(kAhead / int64_t(sizeof(T)));
+  }
+
+  TORSION_INLINE void ask(int64_t n) {
+    while (n > 0 && o_ < y_.outer) {
+      const int64_t m = std::min(n, y_.inner - i_);
+      const T* p = plane<T>(y_, o_, channels_[k_]) + i_;
+      for (int64_t j = 0; j < m; j += kPerLine<T>) __builtin_prefetch(p + j);
+      n -= m;
+      i_ += m;
+      if (i_ < y_.inner) return;
+      i_ = 0;
+      if (++k_ < channels_.size()) continue;
+      k_ = 0;
+      ++o_;
+    }
+  }
+
+ private:
+  static constexpr int64_t kAhead = 16384;  // bytes
+
+  const Activation& y_;
+  const std::vector<int64_t>& channels_;
+  int64_t o_ = 0, i_ = 0;
+  size_t k_ = 0;
+};
+
+template <bool Abs, class T>
+TORSION_INLINE bool any_above(const T* y, int64_t n, Maths<T> tau, Ahead<T>& ahead) {
+  int found = 0;
+  int64_t i = 0;
+  for (; i + kStretch <= n; i += kStretch) {
+    ahead.ask(kStretch);
+#pragma GCC ivdep
+    for (int64_t k = i; k < i + kStretch; ++k) found |= !(value<Abs>(y[k]) <= tau);
+  }
+  ahead.ask(n - i);
+#pragma GCC ivdep
+  for (int64_t k = i; k < n; ++k) found |= !(value<Abs>(y[k]) <= tau);
+  return found;
+}
+
+// A live channel mostly shows within the first values it has, so the first look at it is a short one.
 template <class T, bool Abs>
 TORSION_INLINE void scan_planes(const Activation& y, Maths<T> tau, int64_t begin, int64_t end, uint8_t* flags) {
-  for (int64_t o = 0; o < y.outer; ++o)
-    for (int64_t c = begin; c < end; ++c) {
-      if (flags[c]) continue;
+  std::vector<int64_t> open;
+  for (int64_t c = begin; c < end; ++c)
+    if (!flags[c]) open.push_back(c);
+  Ahead<T> ahead(y, open);
+  if (!open.empty()) ahead.restart(0);
+  for (int64_t o = 0; o < y.outer && !open.empty(); ++o) {
+    bool fewer = false;
+    for (const int64_t c : open) {
       const T* p = plane<T>(y, o, c);
-      int64_t i = std::min<int64_t>(y.inner, 64);
-      bool found = any_above<Abs>(p, i, tau);
-      for (; !found && i < y.inner; i += kLook) found = any_above<Abs>(p + i, std::min(kLook, y.inner - i), tau);
-      if (found) flags[c] = 1;
+      int64_t i = std::min<int64_t>(y.inner, o == 0 ? kStretch : kLook);
+      bool found = any_above<Abs>(p, i, tau, ahead);
+      for (; !found && i < y.inner; i += kLook) found = any_above<Abs>(p + i, std::min(kLook, y.inner - i), tau, ahead);
+      flags[c] |= uint8_t(found);
+      fewer |= found;
     }
+    if (!fewer) continue;
+    std::erase_if(open, [&](int64_t c) { return flags[c] != 0; });
+    if (!open.empty()) ahead.restart(o + 1);
+  }
 }
 
 // Where row r of [outer, inner] begins.
