@@ -64,6 +64,9 @@ STABLE_TORCH_LIBRARY(torsion, m) {
       "Tensor)");
   m.def("gather_blocks(Tensor from_, Tensor? rows, Tensor? columns) -> Tensor");
   m.def("scatter_blocks_(Tensor(a!) to, Tensor from_, Tensor? rows, Tensor? columns) -> ()");
+  m.def("silenced_blocks(Tensor from_, Tensor? rows, Tensor? columns) -> Tensor");
+  m.def("silence_blocks_(Tensor(a!) t, Tensor? rows, Tensor? columns) -> ()");
+  m.def("met_finite(Tensor t, int groups) -> bool");
   m.def("index_kind(Tensor index, int end) -> int");
   m.def("relu_bits_(Tensor(a!) z) -> Tensor");
   m.def("keep_bits_(Tensor(a!) dz, Tensor bits) -> ()");

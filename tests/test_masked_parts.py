@@ -121,6 +121,59 @@ def test_gather_and_scatter(dtype, inner):
         assert not ops.gather_blocks(t, None, padded)[:, -2:].any()
 
 
+def plain(monkeypatch, part, *arguments):
+    """What a part computes in a build without ``_C``."""
+    with monkeypatch.context() as build:
+        build.setattr(_native, "C", None)
+        return part(*arguments)
+
+
+@needs_c
+@each_dtype()
+@pytest.mark.parametrize("inner", [None, 1, 5], ids=str)
+def test_silencing(monkeypatch, dtype, inner):
+    """A copy, and in place, with zeros in what is dead; what is dead may hold NaN."""
+    for rows, columns in itertools.product((1, 9, 40), (1, 17, 100)):
+        shape = (rows, columns) if inner is None else (rows, columns, inner)
+        for r, c in itertools.product((None, index(rows, 0.6, 2)), (None, index(columns, 0.5), index(columns, 0.0))):
+            t = torch.randn(shape).to(dtype)
+            axes = [_blocks.axis("test", "list", i, n, t.device) for i, n in ((r, rows), (c, columns))]
+            live = torch.zeros(shape)
+            live[(torch.arange(rows) if r is None else r.long()).unsqueeze(1),
+                 torch.arange(columns) if c is None else c.long()] = 1  # fmt: skip
+            t[live == 0] = torch.nan
+            expected = torch.where(live == 1, t, torch.zeros_like(t))
+            for found in (_blocks.silenced(t, *axes), plain(monkeypatch, _blocks.silenced, t, *axes)):
+                assert same_bits(found, expected)
+            assert same_bits(_blocks.silence_(t, *axes), expected)
+            assert same_bits(t, expected)
+
+
+@needs_c
+def test_silencing_refuses_lists_that_lie():
+    t = torch.randn(3, 4)
+    for bad in (i32(1, 1), i32(2, 1), i32(-1, 2), i32(0, 4)):
+        with pytest.raises(RuntimeError, match="silence"):
+            torch.ops.torsion.silenced_blocks(t, None, bad)
+    assert not t.isnan().any()
+
+
+@needs_c
+@each_dtype()
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_what_met_a_number_that_is_not_finite(monkeypatch, dtype, form, groups):
+    """The first channel of each group is looked at, whatever the layout, and no other."""
+    step = 6 // groups
+    for bad, c, last in itertools.product((torch.nan, torch.inf, -torch.inf), range(6), (0, -1)):
+        t = torch.randn(5, 6, 7, 3).to(dtype).contiguous(memory_format=form)
+        assert _blocks.met_finite(t, groups)
+        t[last, c, last, last] = bad
+        assert _blocks.met_finite(t, groups) == (c % step != 0)
+        assert plain(monkeypatch, _blocks.met_finite, t, groups) == (c % step != 0)
+        assert _blocks.met_finite(t[:, :, ::2], groups) == (c % step != 0)
+
+
 @needs_c
 @each_dtype()
 def test_relu_bits(dtype):

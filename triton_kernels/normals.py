@@ -90,7 +90,7 @@ def polar(a, b, MATHS: tl.constexpr):
         p = tl.fma(p, f, 1.00000121)
         p = tl.fma(p, f, -2.0)
         r = tl.sqrt_rn(tl.fma(p, f, e * -1.38629436))  # plain sqrt is approximate in float32
-        # In 32 bits to the turn: quarter turns, rounded, are the top two of a sum; what is left the number shifted by two.
+        # In 32 bits to the turn: quarter turns, rounded, are the top two of a sum, what is left the rest with its sign.
         angle = ((b >> 8) | 1).to(tl.uint32) << 8
         quarters = (angle + (1 << 29)) >> 30
         x = (angle << 2).to(tl.int32, bitcast=True).to(tl.float32) * (1.57079633 / (1 << 32))

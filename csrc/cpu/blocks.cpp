@@ -244,21 +244,29 @@ void keep_bits(const void* from, void* to, const uint8_t* bits, int size, int64_
   by_size(size, [&]<class U>(U) { keep_at_level(static_cast<const U*>(from), static_cast<U*>(to), bits, begin, end); });
 }
 
-void silence(const Blocks& from, const Blocks& to, const uint8_t* dead_row, const std::vector<int64_t>& dead_columns,
-             int size, int64_t begin, int64_t end) {
+Dead::Dead(const int32_t* live, int64_t listed, int64_t size) : is(size_t(size), listed == size ? 0 : 1) {
+  if (listed == size) return;
+  for (int64_t k = 0; k < listed; ++k) is[size_t(live[k])] = 0;
+  for (int64_t c = 0; c < size; ++c)
+    if (is[size_t(c)]) list.push_back(c);
+}
+
+void silence(const Blocks& from, const Blocks& to, const Dead& rows, const Dead& columns, int size, int64_t begin,
+             int64_t end) {
+  const int64_t numbers = to.columns * to.inner;
   by_size(size, [&]<class U>(U) {
     for (int64_t r = begin; r < end; ++r) {
       const U* const in = static_cast<const U*>(from.data) + r * from.row_stride;
       U* const out = static_cast<U*>(to.data) + r * to.row_stride;
-      if (dead_row && dead_row[r]) {
-        std::fill_n(out, to.columns, U(0));
+      if (rows.is[size_t(r)]) {
+        std::fill_n(out, numbers, U(0));
         continue;
       }
       if (in != out) {
-        ask_for(in + kRowsAhead * from.row_stride, out + kRowsAhead * to.row_stride, to.columns);
-        memcpy(out, in, size_t(to.columns) * sizeof(U));
+        ask_for(in + kRowsAhead * from.row_stride, out + kRowsAhead * to.row_stride, numbers);
+        memcpy(out, in, size_t(numbers) * sizeof(U));
       }
-      for (const int64_t c : dead_columns) out[c] = 0;
+      for (const int64_t c : columns.list) std::fill_n(out + c * to.inner, to.inner, U(0));
     }
   });
 }

@@ -43,10 +43,17 @@ void relu_bits(void* z, uint8_t* bits, int32_t kind, int64_t begin, int64_t end)
 // to = from where the bit is set, else 0; both may be one array.
 void keep_bits(const void* from, void* to, const uint8_t* bits, int size, int64_t begin, int64_t end);
 
-// to = from with zeros in the listed columns, and in rows that `dead_row` says (null: none), for the rows [begin, end);
-// inner is 1, both may be one matrix.
-void silence(const Blocks& from, const Blocks& to, const uint8_t* dead_row, const std::vector<int64_t>& dead_columns,
-             int size, int64_t begin, int64_t end);
+// What is dead where the listed units live: a flag for each unit, and the dead ones one after another. A list as long as the
+// axis lists all and is not read.
+struct Dead {
+  std::vector<uint8_t> is;
+  std::vector<int64_t> list;
+  Dead(const int32_t* live, int64_t listed, int64_t size);
+};
+
+// to = from with zeros in dead rows and columns, for the rows [begin, end); both may be one matrix.
+void silence(const Blocks& from, const Blocks& to, const Dead& rows, const Dead& columns, int size, int64_t begin,
+             int64_t end);
 
 // Whether the rows [begin, end) hold no Inf and no NaN.
 bool all_finite(const Blocks& of, int32_t kind, int64_t begin, int64_t end);

@@ -7,7 +7,6 @@
 //              see ops/_policy.py
 #include <torch/csrc/stable/library.h>
 
-#include <optional>
 #include <utility>
 
 #include "tensors.h"
@@ -63,26 +62,12 @@ Tensor columns_of(const Scratch& scratch, const Tensor& t, const Axis& ax) {
   return ax.prefix ? narrow(t, 1, ax.live) : gathered(scratch, t, nullptr, ax);
 }
 
-// What is dead on an axis: a flag for each unit and the dead ones one after another.
-struct Dead {
-  std::vector<uint8_t> is;
-  std::vector<int64_t> list;
-
-  explicit Dead(const Axis& ax) : is(size_t(ax.size), ax.whole() ? 0 : 1) {
-    if (ax.whole()) return;
-    for (int64_t k = 0; k < ax.live; ++k) is[size_t(ax.list[k])] = 0;
-    for (int64_t c = 0; c < ax.size; ++c)
-      if (is[size_t(c)]) list.push_back(c);
-  }
-};
+Dead dead_of(const Axis& ax) { return {ax.list, ax.live, ax.size}; }
 
 // `to` = `from` with zeros in dead columns, and in dead rows; both may be one matrix.
 void silenced(const Blocks& from, const Blocks& to, const Axis* rows, const Axis& columns, int size) {
-  const Dead column(columns);
-  const std::optional<Dead> row = rows ? std::optional<Dead>(*rows) : std::nullopt;
-  by_rows(to, [&](int64_t begin, int64_t end) {
-    silence(from, to, row ? row->is.data() : nullptr, column.list, size, begin, end);
-  });
+  const Dead column = dead_of(columns), row = rows ? dead_of(*rows) : Dead(nullptr, from.rows, from.rows);
+  by_rows(to, [&](int64_t begin, int64_t end) { silence(from, to, row, column, size, begin, end); });
 }
 
 Tensor zeroed(const Scratch& scratch, const Tensor& t, const Axis* rows, const Axis& columns) {

@@ -1,6 +1,8 @@
 // The parts of masked layers that are no product, on a CPU: arguments in, checks, pieces for the threads.
 #include <torch/csrc/stable/library.h>
 
+#include <atomic>
+
 #include "tensors.h"
 
 namespace torsion::cpu {
@@ -102,6 +104,54 @@ void scatter_blocks(Tensor to, Tensor from, MaybeTensor rows, MaybeTensor column
   });
 }
 
+Dead dead_of(const MaybeTensor& live, int64_t size, const char* op, const char* name) {
+  const int32_t* list = list_of(live, size, op, name);
+  const int64_t n = live ? live->numel() : size;
+  STD_TORCH_CHECK(!list || check_index(list, n, size) < 0, op, ": ", name, " must be ascending, without repetitions");
+  return {list, n, size};
+}
+
+void silence_into(const Tensor& from, const Tensor& to, const MaybeTensor& rows, const MaybeTensor& columns,
+                  const char* op) {
+  const Blocks a = blocks_of(from, op, "from"), b = blocks_of(to, op, "to");
+  const Dead row = dead_of(rows, a.rows, op, "rows"), column = dead_of(columns, a.columns, op, "columns");
+  const int size = size_of(to, op);
+  by_rows(b, [&](int64_t begin, int64_t end) { silence(a, b, row, column, size, begin, end); });
+}
+
+Tensor silenced_blocks(Tensor from, MaybeTensor rows, MaybeTensor columns) {
+  std::vector<int64_t> sizes(from.sizes().begin(), from.sizes().end());
+  Tensor out = torch::stable::new_empty(from, sizes);
+  silence_into(from, out, rows, columns, "silenced_blocks");
+  return out;
+}
+
+void silence_blocks(Tensor t, MaybeTensor rows, MaybeTensor columns) {
+  silence_into(t, t, rows, columns, "silence_blocks_");
+}
+
+// Whether the first channel of each group of [B, C, H, W] is finite.
+bool met_finite(Tensor t, int64_t groups) {
+  const char* op = "met_finite";
+  STD_TORCH_CHECK(t.is_cpu() && t.dim() == 4 && groups >= 1 && t.size(1) % groups == 0, op,
+                  ": t must be a CPU tensor [B, C, H, W], groups must divide C");
+  const int64_t images = t.size(0), channels = t.size(1), pixels = t.size(2) * t.size(3);
+  const bool last = t.stride(1) == 1 && t.stride(3) == channels && t.stride(2) == channels * t.size(3);
+  if (!last) t = torch::stable::contiguous(t);
+  const int64_t step = std::max<int64_t>(1, channels / groups), size = size_of(t, op);
+  const int32_t kind = kind_of(t, false, op, 0);
+  std::atomic<bool> all = true;
+  for (int64_t c = 0; c < channels && all; c += step) {
+    Blocks b{static_cast<char*>(const_cast<void*>(t.const_data_ptr())), images, 1, pixels, channels * pixels};
+    if (last) b = {b.data, images * pixels, 1, 1, channels};
+    b.data = static_cast<char*>(b.data) + c * (last ? 1 : pixels) * size;
+    by_rows(b, [&](int64_t begin, int64_t end) {
+      if (!all_finite(b, kind, begin, end)) all = false;
+    });
+  }
+  return all;
+}
+
 int64_t index_kind(Tensor index, int64_t end) {
   STD_TORCH_CHECK(index.is_cpu() && index.scalar_type() == ScalarType::Int && index.dim() == 1 && index.is_contiguous(),
                   "index_kind: index must be a contiguous CPU tensor of one dim, int32");
@@ -139,6 +189,9 @@ void keep_bits_op(Tensor dz, Tensor bits) {
 STABLE_TORCH_LIBRARY_IMPL(torsion, CPU, m) {
   m.impl("gather_blocks", TORCH_BOX(&gather_blocks));
   m.impl("scatter_blocks_", TORCH_BOX(&scatter_blocks));
+  m.impl("silenced_blocks", TORCH_BOX(&silenced_blocks));
+  m.impl("silence_blocks_", TORCH_BOX(&silence_blocks));
+  m.impl("met_finite", TORCH_BOX(&met_finite));
   m.impl("index_kind", TORCH_BOX(&index_kind));
   m.impl("relu_bits_", TORCH_BOX(&relu_bits_op));
   m.impl("keep_bits_", TORCH_BOX(&keep_bits_op));

@@ -145,6 +145,36 @@ def scatter_(to: Tensor, source: Tensor, rows: Tensor | None, columns: Tensor | 
     return to
 
 
+def silenced(t: Tensor, rows: Axis | None, columns: Axis | None) -> Tensor:
+    """A copy of ``[rows, columns]`` or ``[rows, columns, inner]`` with zeros in what is dead of either."""
+    if t.is_cpu and _native.C is not None:
+        return torch.ops.torsion.silenced_blocks(_laid(t), _index(rows), _index(columns))  # type: ignore[no-any-return]
+    return silence_(t.clone(), rows, columns)
+
+
+def silence_(t: Tensor, rows: Axis | None, columns: Axis | None) -> Tensor:
+    """Zeros in what is dead of either, in place; returns ``t``, whose columns lie side by side."""
+    if t.is_cpu and _native.C is not None:
+        torch.ops.torsion.silence_blocks_(t, _index(rows), _index(columns))
+        return t
+    for dim, ax in enumerate((rows, columns)):
+        if ax is not None and ax.index is not None:
+            dead = torch.ones(ax.size, dtype=torch.bool, device=t.device).index_fill_(0, ax.index.long(), False)
+            t.masked_fill_(dead.view([-1 if d == dim else 1 for d in range(t.dim())]), 0)
+    return t
+
+
+def met_finite(product: Tensor, groups: int) -> bool:
+    """Whether the first channel of each group of ``[B, C, H, W]`` holds no Inf and no NaN; waits for the device."""
+    if product.is_cpu and _native.C is not None:
+        return bool(torch.ops.torsion.met_finite(product, groups))
+    return bool(product[:, :: max(1, product.shape[1] // groups)].isfinite().all())
+
+
+def _index(ax: Axis | None) -> Tensor | None:
+    return None if ax is None else ax.index
+
+
 def _laid(t: Tensor) -> Tensor:
     """``t`` with its columns, and the numbers of a block, side by side."""
     inner = t.shape[2] if t.dim() == 3 else 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from torsion.ops import _activations, _entry, _groups
-from torsion.ops._blocks import Axis, axis, check_kind, gather, scatter_
+from torsion.ops._blocks import Axis, axis, check_kind, gather, met_finite, scatter_, silence_, silenced
 from torsion.ops._policy import conv_is_dense
 from torsion.ops.masked import all_live
 from torsion.reference import masked as reference
@@ -292,11 +291,12 @@ def _dense_forward(
     call: _Call, x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int],
     dilation: list[int], groups: int,
 ) -> Tensor:  # fmt: skip
-    live = _flags(call.out)
-    kept = weight.where(_live_entries(call, groups), 0)
-    bias = None if bias is None else bias.where(live, 0)
+    kept = _silenced_weight(call, weight, groups)
+    bias = None if bias is None else silenced(bias.view(1, -1), None, call.out).view(-1)
     z = F.conv2d(x, kept, bias, stride, padding, dilation, groups)
-    if not _met_finite(z, groups):
+    # What is dead meets zeros in the weight and is silent as long as it is finite; what is not shows in every channel of
+    # its group, for 0 times Inf and 0 times NaN are NaN.
+    if not met_finite(z, groups):
         z = F.conv2d(_silenced(x, call.inp, call.last), kept, bias, stride, padding, dilation, groups)
         z = _silenced(z, call.out, call.last)
     return z.contiguous(memory_format=_format(call.last))
@@ -306,8 +306,7 @@ def _dense_backward(
     call: _Call, dz: Tensor, x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int],
     groups: int, wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    entries = _live_entries(call, groups)
-    kept = weight.where(entries, 0)
+    kept = _silenced_weight(call, weight, groups)
 
     def gradients(dz: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
         return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
@@ -316,12 +315,12 @@ def _dense_backward(
 
     none = dz.new_empty(0)
     dx, dw, db = gradients(dz, wanted)
-    if wanted[0] and not _met_finite(dx, groups):
+    if wanted[0] and not met_finite(dx, groups):
         dx = _silenced(gradients(_silenced(dz, call.out, call.last), [True, False, False])[0], call.inp, call.last)
     dx = dx.contiguous(memory_format=_format(call.last)) if wanted[0] else none
     # In the gradients of weight and bias what is dead meets itself alone.
-    dw = dw.masked_fill_(~entries, 0) if wanted[1] else none
-    return dx, dw, db.masked_fill_(~_flags(call.out), 0) if wanted[2] else none
+    dw = _silenced_weight(call, dw, groups) if wanted[1] else none
+    return dx, dw, silence_(db.view(1, -1), None, call.out).view(-1) if wanted[2] else none
 
 
 def _flags(ax: Axis) -> Tensor:
@@ -330,26 +329,18 @@ def _flags(ax: Axis) -> Tensor:
     return torch.zeros(ax.size, dtype=torch.bool).index_fill_(0, ax.index.long(), True)
 
 
-def _live_entries(call: _Call, groups: int) -> Tensor:
-    """What of the weight lives on both sides: bool ``[N, K / groups, 1, 1]``."""
+def _silenced_weight(call: _Call, weight: Tensor, groups: int) -> Tensor:
+    """With zeros in what is dead on either side; a copy."""
+    n, k, kh, kw = weight.shape
+    if groups == 1 and weight.is_contiguous():
+        return silenced(weight.view(n, k, kh * kw), call.out, call.inp).view(weight.shape)
     out, inp = _flags(call.out).view(groups, -1, 1), _flags(call.inp).view(groups, 1, -1)
-    return (out & inp).view(call.out.size, -1, 1, 1)
+    return weight.where((out & inp).view(n, -1, 1, 1), 0)
 
 
 def _silenced(t: Tensor, ax: Axis, last: bool) -> Tensor:
     """A copy with zeros in dead channels."""
     return t if ax.index is None else _spread(_channels(t, ax.index, last), ax.index, ax.size, last)
-
-
-def _met_finite(product: Tensor, groups: int) -> bool:
-    """Whether a dense convolution met nothing but finite numbers.
-
-    What is dead meets zeros in the weight and is silent as long as it is finite; what is not shows in every channel of
-    its group, for 0 times Inf and 0 times NaN are NaN. A sum shows them with one kernel; one that overflows costs the
-    other way, no more.
-    """
-    shown = product[:, :: max(1, product.shape[1] // groups)]
-    return math.isfinite(shown.sum(dtype=torch.promote_types(product.dtype, torch.float32)).item())
 
 
 def _zeros(t: Tensor, wanted: bool) -> Tensor:
