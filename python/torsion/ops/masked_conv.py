@@ -294,8 +294,8 @@ def _dense_forward(
     kept = _silenced_weight(call, weight, groups)
     bias = None if bias is None else silenced(bias.view(1, -1), None, call.out).view(-1)
     z = F.conv2d(x, kept, bias, stride, padding, dilation, groups)
-    # What is dead meets zeros in the weight and is silent as long as it is finite; what is not shows in every channel of
-    # its group, for 0 times Inf and 0 times NaN are NaN.
+    # What is dead meets zeros in the weight and is silent as long as it is finite; what is not shows in every channel
+    # of its group, for 0 times Inf and 0 times NaN are NaN.
     if not met_finite(z, groups):
         z = F.conv2d(_silenced(x, call.inp, call.last), kept, bias, stride, padding, dilation, groups)
         z = _silenced(z, call.out, call.last)
