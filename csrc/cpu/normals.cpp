@@ -122,7 +122,7 @@ TORSION_V4 TORSION_INLINE void box_muller_v4(const Words8 (&words)[Abreast], flo
 #undef TORSION_EACH
 
 template <int Abreast, class Source>
-TORSION_V4 TORSION_INLINE void normals_v4(const RoundKeys& keys, Source source, int64_t j, float* out) {
+TORSION_V4 __attribute__((noinline)) void normals_v4(const RoundKeys& keys, Source source, int64_t j, float* out) {
   Words8 words[Abreast];
   philox_v4(keys, source, j, order_v4(), words);
   box_muller_v4(words, out);

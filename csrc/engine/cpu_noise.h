@@ -9,14 +9,15 @@
 
 namespace torsion::cpu {
 
-// ask(first, n) asks memory for what is worked on after these elements.
+// ask(first, n, meanwhile) asks memory for what is worked on after these elements; meanwhile: there is something to compute
+// until it comes.
 struct NoNoise {
   NoNoise() = default;
   template <class F>
   NoNoise(const Row&, const F&) {}
   template <class Ask>
   TORSION_INLINE void fill(int64_t first, int64_t end, Ask ask) {
-    ask(first, end - first);
+    ask(first, end - first, false);
   }
   template <class E>
   void give(E&, int64_t) const {}
@@ -40,7 +41,7 @@ class SpanNoise {
   TORSION_INLINE void fill(int64_t first, int64_t end, Ask ask) {
     for (int64_t i = first; i < end; i += kPart) {
       const int64_t stop = std::min(end, i + kPart);
-      ask(i, stop - i);
+      ask(i, stop - i, map_ != nullptr);
       if (map_) make(i, stop, normal_ + (i - first));
     }
   }
