@@ -9,7 +9,7 @@ import torch
 from demp import CASES, each_backend, guarded, in_child, untouched
 from helpers import bits, each_dtype, same_bits
 from test_no_sync import no_sync
-from tolerances import Row, close
+from tolerances import NORMALS, Row, close
 
 import torsion
 from torsion.ops import _native
@@ -88,6 +88,21 @@ def test_masks_against_the_reference(dtype, shape, masks):
         if dtype in (torch.float32, torch.float64):
             assert moved[live].float().mean() > 0.99 if live.any() else True
     assert untouched(whole)
+
+
+@needs_c
+@pytest.mark.parametrize("columns", [64, 67, 3], ids=str)
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
+def test_elements_whose_blocks_need_more_than_32_bits(columns, cut):
+    """Rows on both sides of element 2^34 of an uncut tensor, block 2^32; float64, where the numbers are known to 1e-15."""
+    rows = torch.arange(2**34 // columns - 20, 2**34 // columns + 20)
+    cols = some(columns, columns - 1) if cut else None
+    for dtype in (torch.float32, torch.float64):
+        found, expected = (torch.zeros(40, columns - cut, dtype=dtype) for _ in range(2))
+        args = ([None], [None], [rows], [cols], [columns], 1.0, 1234, 7, [3])
+        torsion.ops.demp_update_([found], *args, backend="cpu")
+        torsion.reference.demp_update_([expected], *args)
+        close(found, expected, NORMALS[dtype])
 
 
 @needs_c

@@ -19,8 +19,7 @@ namespace torsion::cpu {
 
 constexpr int kLanes = 16;
 constexpr int kPlaces = 4;   // of a full chunk that reduce reads side by side; like the lanes, part of the numerics
-constexpr int kAhead = 128;  // elements prefetched ahead; in a reduce, which is soon done with them, kAheadOfSums
-constexpr int kAheadOfSums = 512;
+constexpr int kAhead = 128;  // elements prefetched ahead
 
 // A piece, and what is worked on after it. A small tensor is over before the hardware has noticed its streams, so each
 // line of the next is asked for while this one is computed (1000 x 1024 fp32: 0.83 against 0.91 ms a step).
@@ -203,7 +202,7 @@ struct Body {
       // (fp32 from memory: reduce 0.53 against 0.69 ns per element, update 0.75 against 0.92).
       for (; i < begin + kChunk / kPlaces; i += kLanes)
         for (int64_t place = 0; place < kChunk; place += kChunk / kPlaces) {
-          prefetch<P>(at, i + place + kAheadOfSums, kLanes);
+          prefetch<P>(at, i + place + kAhead, kLanes);
           add_lanes<P>(at, i + place, pre, known, a);
         }
     } else {
