@@ -25,7 +25,7 @@ METHODS = {
     "AdaTAMW": (torsion.AdaTAMW, {"lr": 0.01}),
 }
 # Vectors of 4 to 16 lanes with every kind of rest, and more chunks than there will be threads.
-SHAPES = [(7,), (3, 5, 11), (), (1030,), (5 * 16384 + 3,)]
+SHAPES = [(7,), (3, 5, 11), (), (1030,), (5 * 16384 + 3,), (2 * 16384 + 5,)]
 
 
 def build(method: str, kind: str, **keywords: Any) -> Any:
@@ -58,11 +58,19 @@ def digest(optimizer: Any) -> str:
 
 
 def perturbed(method: str, kind: str) -> Any:
-    """The optimizer with DemP's lasso on one tensor, and noise on live rows of one and on all of another."""
+    """The optimizer with DemP's lasso on one tensor, noise on all of another and on live rows of two.
+
+    One of these was cut: its rows are short runs, through whole chunks.
+    """
     optimizer = build(method, kind)
     params = optimizer.param_groups[0]["params"]
     live = torch.tensor([1, 0, 1], dtype=torch.uint8)
-    noise = {params[1]: NoiseRows(55, live, None, 1), params[4]: NoiseRows(params[4].numel(), None, None, 4)}
+    each = torch.arange(params[5].numel())
+    noise = {
+        params[1]: NoiseRows(55, live, None, 1),
+        params[4]: NoiseRows(params[4].numel(), None, None, 4),
+        params[5]: NoiseRows(1, (each % 97 > 2).to(torch.uint8), each + each // 700, 5),
+    }
     optimizer._perturb(Perturbation({params[3]}, noise, 5, lasso=0.1, sigma=0.01, step=2))
     return optimizer
 

@@ -156,6 +156,21 @@ def test_the_mask_none_is_every_parameter_that_trains():
     assert all(m.all() for m in moved.values())
 
 
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torsion.TAM], ids=["after the step", "in the step"])
+def test_a_layer_frozen_and_thawed_in_between_gets_noise_while_it_trains(kind):
+    model = mlp()
+    optimizer = kind(model.parameters(), lr=0.0)
+    demp = demp_of(model, optimizer, noise_std=0.1, schedule="constant", prune_every=1000)
+    for step, trains in enumerate((True, False, True)):
+        model[0].requires_grad_(trains)
+        for p in model[0].parameters():
+            p.grad = None
+        before = [p.detach().clone() for p in model[0].parameters()]
+        advance(model, optimizer, range(step, step + 1), demp)
+        moved = [not torch.equal(p, b) for p, b in zip(model[0].parameters(), before, strict=True)]
+        assert moved == [trains] * len(before)
+
+
 def test_noise_has_the_schedules_deviation_and_never_enters_the_state():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(200, 300), nn.ReLU(), nn.Linear(300, 2))

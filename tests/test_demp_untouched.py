@@ -312,3 +312,29 @@ def test_a_cut_that_breaks_off_anywhere_is_undone(name: str, monkeypatch: pytest
     assert pieces > 10
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in ema.parameters())
     assert {n: layer.units for n, layer in structure.layers.items()} != layers
+
+
+class Shifting(nn.Module):
+    """Writes to its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = mlp()
+
+    def forward(self, x):
+        x -= 0.5
+        return self.body(x)
+
+
+def test_inputs_that_the_model_writes_to():
+    """Outputs are compared on what they were made of, and the user's batches stay as they are."""
+    model = Shifting()
+    kill(model.body, 0, 1, 4)
+    x, batches = inputs(), [inputs(1), inputs(2)]
+    before = [t.clone() for t in (x, *batches)]
+    demp = torsion.DemP(model, adamw(model), x, total_steps=10, window=2)
+    report = demp.finish(batches)
+    assert report.parameters_after < report.parameters_before
+    assert report.max_difference < 1e-10
+    torsion.prune.compact(model, torsion.prune.live_units(model, batches), x)
+    assert all(torch.equal(a, b) for a, b in zip((x, *batches), before, strict=True))

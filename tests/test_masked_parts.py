@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import numpy as np
@@ -13,7 +14,7 @@ from masked import SUMS, i32, index, leaves
 from tolerances import close
 
 import torsion
-from torsion.ops import _blocks, _entry, _native
+from torsion.ops import _backends, _blocks, _entry, _native
 from torsion.ops._activations import ACTIVATIONS
 
 linear, conv = torsion.ops.masked_linear, torsion.ops.masked_conv2d
@@ -96,6 +97,36 @@ def test_residual_select_add(prefix):
         torch.ops.torsion.residual_select_add_(y.detach(), x, src.long(), dst)
 
 
+def test_packing_of_fake_tensors_and_in_a_compilers_trace():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        weight, i, o = torch.empty(80, 60), torch.empty(30, dtype=torch.int32), torch.empty(40, dtype=torch.int32)
+        packed = torsion.ops.pack_weight(weight, i, o)
+        assert packed.shape == (48, 32)
+        assert torsion.ops.unpack_grad_(weight, packed, i, o).shape == (80, 60)
+    weight, i, o = torch.randn(80, 60), index(60, 0.5), index(80, 0.5, 1)
+    pack, unpack = torch.ops.torsion.pack_weight, torch.ops.torsion.unpack_grad_
+
+    def there_and_back(weight):
+        return unpack(torch.empty_like(weight), pack(weight, i, o), i, o) + 0
+
+    compiled = torch.compile(there_and_back, fullgraph=True, backend="aot_eager")
+    assert same_bits(compiled(weight), there_and_back(weight))
+
+
+def test_lists_that_are_views_and_lists_that_are_none():
+    x, w = torch.randn(3, 6), torch.randn(8, 6)
+    sparse = torch.tensor([0, 9, 2, 9, 3], dtype=torch.int32)[::2]
+    for lists in ((sparse, None), (None, sparse), (sparse, sparse)):
+        assert same_bits(
+            linear(x, w, None, *lists), linear(x, w, None, *(None if i is None else i.contiguous() for i in lists))
+        )
+    for layer, a, k in ((linear, x, w), (conv, torch.randn(2, 6, 5, 5), torch.randn(8, 6, 3, 3))):
+        with pytest.raises(TypeError, match="in_idx is a list, must be a tensor"):
+            layer(a, k, None, [0, 1])
+
+
 @needs_c
 @each_dtype()
 @pytest.mark.parametrize("inner", [None, 1, 5], ids=str)
@@ -151,11 +182,38 @@ def test_silencing(monkeypatch, dtype, inner):
 
 @needs_c
 def test_silencing_refuses_lists_that_lie():
-    t = torch.randn(3, 4)
+    t = torch.randn(4, 4)
+    before = t.clone()
     for bad in (i32(1, 1), i32(2, 1), i32(-1, 2), i32(0, 4)):
-        with pytest.raises(RuntimeError, match="silence"):
-            torch.ops.torsion.silenced_blocks(t, None, bad)
-    assert not t.isnan().any()
+        for lists in ((None, bad), (bad, None)):
+            for op in (torch.ops.torsion.silenced_blocks, torch.ops.torsion.silence_blocks_):
+                with pytest.raises(RuntimeError, match="silence"):
+                    op(t, *lists)
+    assert same_bits(t, before)
+
+
+@needs_c
+def test_silencing_by_several_threads():
+    """Pieces of work, and rows that lie apart."""
+    t = torch.randn(900, 260)[:, :250]
+    r, c = index(900, 0.9), index(250, 0.9, 1)
+    expected = torch.zeros_like(t)
+    expected[r.long().unsqueeze(1), c.long()] = t[r.long().unsqueeze(1), c.long()]
+    for threads in (1, 2):
+        with limited(threads):
+            assert same_bits(torch.ops.torsion.silenced_blocks(t, r, c), expected)
+    torch.ops.torsion.silence_blocks_(t, r, c)
+    assert same_bits(t, expected)
+
+
+@contextlib.contextmanager
+def limited(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @needs_c
@@ -171,7 +229,19 @@ def test_what_met_a_number_that_is_not_finite(monkeypatch, dtype, form, groups):
         t[last, c, last, last] = bad
         assert _blocks.met_finite(t, groups) == (c % step != 0)
         assert plain(monkeypatch, _blocks.met_finite, t, groups) == (c % step != 0)
-        assert _blocks.met_finite(t[:, :, ::2], groups) == (c % step != 0)
+        for part in (t[:, :, ::2], t[::2], t[last:][:1].expand(3, -1, -1, -1)):
+            assert _blocks.met_finite(part, groups) == (c % step != 0)
+
+
+@needs_c
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_large_product_is_looked_at_by_several_threads(form):
+    t = torch.randn(8, 64, 30, 31).contiguous(memory_format=form)
+    for groups in (1, 8, 64):
+        assert _blocks.met_finite(t, groups)
+        t[-1, 64 - 64 // groups, -1, -1] = torch.nan
+        assert not _blocks.met_finite(t, groups)
+        t[-1] = 0
 
 
 @needs_c
@@ -258,6 +328,8 @@ def test_the_environment_chooses_the_reference(monkeypatch):
 
 
 def test_backends_tell_the_policy():
+    for op in ("masked_linear", "masked_conv2d"):
+        assert _backends.choose("cuda", kernels=_backends.KERNELS[op])[0] == "torch"
     found = torsion.backends()
     assert "views where live units come first" in found["masked_linear"]["why"]
     assert found["masked_conv2d"]["chosen"] in found["masked_conv2d"]["available"]

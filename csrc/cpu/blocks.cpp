@@ -15,6 +15,7 @@ namespace {
 
 constexpr int64_t kLongRun = 64;  // columns; runs shorter than this are not worth a copy of their own
 constexpr int64_t kRowsAhead = 2;
+constexpr int64_t kAskedAhead = 2048;          // numbers of such a row, at most
 constexpr int64_t kAround = int64_t(1) << 20;  // bytes of a result that is zeroed around the cache
 
 // Columns that follow one another on both sides.
@@ -69,7 +70,7 @@ void move(const Blocks& from, const Blocks& to, const int32_t* source, RowOf row
   }
 }
 
-// Prefetches a row that is read and one that is written: a core alone leaves memory idle (4 MB: 0.49 against 0.61 ms).
+// Prefetches what is read of a row and what is written: a core alone leaves memory idle (4 MB: 0.49 against 0.61 ms).
 template <class U>
 void ask_for(const U* in, const U* out, int64_t n) {
   constexpr int64_t kLine = 64 / sizeof(U);
@@ -263,7 +264,8 @@ void silence(const Blocks& from, const Blocks& to, const Dead& rows, const Dead&
         continue;
       }
       if (in != out) {
-        ask_for(in + kRowsAhead * from.row_stride, out + kRowsAhead * to.row_stride, numbers);
+        if (r + kRowsAhead < from.rows)
+          ask_for(in + kRowsAhead * from.row_stride, out + kRowsAhead * to.row_stride, std::min(numbers, kAskedAhead));
         memcpy(out, in, size_t(numbers) * sizeof(U));
       }
       for (const int64_t c : columns.list) std::fill_n(out + c * to.inner, to.inner, U(0));
@@ -271,12 +273,19 @@ void silence(const Blocks& from, const Blocks& to, const Dead& rows, const Dead&
   });
 }
 
-bool all_finite(const Blocks& of, int32_t kind, int64_t begin, int64_t end) {
+bool all_finite(const Blocks& of, int64_t step, int32_t kind, int64_t begin, int64_t end) {
   auto look = [&]<class U>(U exponent) {
-    for (int64_t r = begin; r < end; ++r)
-      if (!finite_at_level(static_cast<const U*>(of.data) + r * of.row_stride, of.columns * of.inner, exponent))
-        return false;
-    return true;
+    U bad = 0;
+    for (int64_t r = begin; r < end && !bad; ++r) {
+      const U* const row = static_cast<const U*>(of.data) + r * of.row_stride;
+      if (step == 1)
+        bad |= !finite_at_level(row, of.columns * of.inner, exponent);
+      else if (of.inner == 1)
+        for (int64_t c = 0; c < of.columns; c += step) bad |= U((row[c] & exponent) == exponent);
+      else
+        for (int64_t c = 0; c < of.columns; c += step) bad |= !finite_at_level(row + c * of.inner, of.inner, exponent);
+    }
+    return !bad;
   };
   switch (kind) {
     case kF32:

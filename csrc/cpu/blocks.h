@@ -43,8 +43,8 @@ void relu_bits(void* z, uint8_t* bits, int32_t kind, int64_t begin, int64_t end)
 // to = from where the bit is set, else 0; both may be one array.
 void keep_bits(const void* from, void* to, const uint8_t* bits, int size, int64_t begin, int64_t end);
 
-// What is dead where the listed units live: a flag for each unit, and the dead ones one after another. A list as long as the
-// axis lists all and is not read.
+// What is dead where the listed units live: a flag for each unit, and the dead ones one after another. A list as long as
+// the axis lists all and is not read.
 struct Dead {
   std::vector<uint8_t> is;
   std::vector<int64_t> list;
@@ -55,7 +55,7 @@ struct Dead {
 void silence(const Blocks& from, const Blocks& to, const Dead& rows, const Dead& columns, int size, int64_t begin,
              int64_t end);
 
-// Whether the rows [begin, end) hold no Inf and no NaN.
-bool all_finite(const Blocks& of, int32_t kind, int64_t begin, int64_t end);
+// Whether every step-th column of the rows [begin, end) holds no Inf and no NaN.
+bool all_finite(const Blocks& of, int64_t step, int32_t kind, int64_t begin, int64_t end);
 
 }  // namespace torsion::cpu

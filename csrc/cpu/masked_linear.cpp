@@ -64,28 +64,26 @@ Tensor columns_of(const Scratch& scratch, const Tensor& t, const Axis& ax) {
 
 Dead dead_of(const Axis& ax) { return {ax.list, ax.live, ax.size}; }
 
-// `to` = `from` with zeros in dead columns, and in dead rows; both may be one matrix.
-void silenced(const Blocks& from, const Blocks& to, const Axis* rows, const Axis& columns, int size) {
-  const Dead column = dead_of(columns), row = rows ? dead_of(*rows) : Dead(nullptr, from.rows, from.rows);
-  by_rows(to, [&](int64_t begin, int64_t end) { silence(from, to, row, column, size, begin, end); });
-}
+Dead dead_of(const Axis* rows, int64_t n) { return rows ? dead_of(*rows) : Dead(nullptr, n, n); }
 
+// A copy with zeros in dead columns, and in dead rows.
 Tensor zeroed(const Scratch& scratch, const Tensor& t, const Axis* rows, const Axis& columns) {
   Tensor out = scratch.empty(t, t.size(0), t.size(1));
-  silenced(blocks_of(t, kOp, "operand"), blocks_of(out, kOp, "operand"), rows, columns, size_of(t, kOp));
+  silence(blocks_of(t, kOp, "operand"), blocks_of(out, kOp, "operand"), dead_of(rows, t.size(0)), dead_of(columns),
+          size_of(t, kOp));
   return out;
 }
 
 void zero_dead(Tensor& t, const Axis* rows, const Axis& columns) {
   const Blocks b = blocks_of(t, kOp, "result");
-  silenced(b, b, rows, columns, size_of(t, kOp));
+  silence(b, b, dead_of(rows, t.size(0)), dead_of(columns), size_of(t, kOp));
 }
 
 // Whether a product of the full sizes met nothing in `a` but finite numbers. Zeros in the weight silence what is dead as
 // long as it is finite, and what is not shows in every column, for 0 Inf and 0 NaN are NaN: one column tells.
 bool met_finite(const Tensor& product) {
-  const Blocks b = blocks_of(narrow(product, 1, std::min<int64_t>(1, product.size(1))), kOp, "product");
-  return all_finite(b, kind_of(product, false, kOp, 0), 0, b.rows);
+  return all_finite(blocks_of(product, kOp, "product"), std::max<int64_t>(1, product.size(1)),
+                    kind_of(product, false, kOp, 0));
 }
 
 Tensor empty_bits(const Tensor& like, int64_t n) {

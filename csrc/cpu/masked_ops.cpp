@@ -48,6 +48,20 @@ const int32_t* list_of(const MaybeTensor& t, int64_t end, const char* op, const 
   return list;
 }
 
+void silence(const Blocks& from, const Blocks& to, const Dead& rows, const Dead& columns, int size) {
+  by_rows(to, [&](int64_t begin, int64_t end) { silence(from, to, rows, columns, size, begin, end); });
+}
+
+bool all_finite(const Blocks& of, int64_t step, int32_t kind) {
+  // Waking threads takes longer than a look at few numbers.
+  if (of.rows * ((of.columns + step - 1) / step) * of.inner <= kPiece) return all_finite(of, step, kind, 0, of.rows);
+  std::atomic<bool> all = true;
+  by_rows(of, [&](int64_t begin, int64_t end) {
+    if (!all_finite(of, step, kind, begin, end)) all = false;
+  });
+  return all;
+}
+
 struct Scratch::Slots {
   std::array<std::vector<char>, kSlots> slot;
   int next = 0;
@@ -115,8 +129,7 @@ void silence_into(const Tensor& from, const Tensor& to, const MaybeTensor& rows,
                   const char* op) {
   const Blocks a = blocks_of(from, op, "from"), b = blocks_of(to, op, "to");
   const Dead row = dead_of(rows, a.rows, op, "rows"), column = dead_of(columns, a.columns, op, "columns");
-  const int size = size_of(to, op);
-  by_rows(b, [&](int64_t begin, int64_t end) { silence(a, b, row, column, size, begin, end); });
+  silence(a, b, row, column, size_of(to, op));
 }
 
 Tensor silenced_blocks(Tensor from, MaybeTensor rows, MaybeTensor columns) {
@@ -136,20 +149,12 @@ bool met_finite(Tensor t, int64_t groups) {
   STD_TORCH_CHECK(t.is_cpu() && t.dim() == 4 && groups >= 1 && t.size(1) % groups == 0, op,
                   ": t must be a CPU tensor [B, C, H, W], groups must divide C");
   const int64_t images = t.size(0), channels = t.size(1), pixels = t.size(2) * t.size(3);
-  const bool last = t.stride(1) == 1 && t.stride(3) == channels && t.stride(2) == channels * t.size(3);
+  const bool last = t.stride(1) == 1 && t.stride(3) == channels && t.stride(2) == channels * t.size(3) &&
+                    t.stride(0) == channels * pixels;
   if (!last) t = torch::stable::contiguous(t);
-  const int64_t step = std::max<int64_t>(1, channels / groups), size = size_of(t, op);
-  const int32_t kind = kind_of(t, false, op, 0);
-  std::atomic<bool> all = true;
-  for (int64_t c = 0; c < channels && all; c += step) {
-    Blocks b{static_cast<char*>(const_cast<void*>(t.const_data_ptr())), images, 1, pixels, channels * pixels};
-    if (last) b = {b.data, images * pixels, 1, 1, channels};
-    b.data = static_cast<char*>(b.data) + c * (last ? 1 : pixels) * size;
-    by_rows(b, [&](int64_t begin, int64_t end) {
-      if (!all_finite(b, kind, begin, end)) all = false;
-    });
-  }
-  return all;
+  Blocks b{const_cast<void*>(t.const_data_ptr()), images, channels, pixels, channels * pixels};
+  if (last) b = {b.data, images * pixels, channels, 1, channels};
+  return all_finite(b, std::max<int64_t>(1, channels / groups), kind_of(t, false, op, 0));
 }
 
 int64_t index_kind(Tensor index, int64_t end) {

@@ -4,8 +4,8 @@
 
 namespace torsion::cpu {
 
-// Philox's counter and the keys of its ten rounds as a vector's lanes read them. To be kept by who asks for few numbers at a
-// time: spreading twenty keys over vectors takes as long as eighty normals.
+// Philox's counter and the keys of its ten rounds as a vector's lanes read them. To be kept by who asks for few numbers at
+// a time: spreading twenty keys over vectors takes as long as eighty normals.
 struct RoundKeys {
   uint64_t step, tensor_id, even[10], odd[10];
   uint64_t last;  // both keys of the last round

@@ -79,8 +79,7 @@ TORSION_V3 TORSION_INLINE void words_v3(const RoundKeys& keys, Source source, in
   }
 }
 
-// Block j + k of eight in lane kOrder[k]: words 0 and 2 of a block side by side, pairs of normals come out of unpacklo and
-// unpackhi in the order of their elements.
+// The block in each lane of eight, such that the normals come out of unpacklo and unpackhi in the order of their elements.
 TORSION_V4 TORSION_INLINE __m512i order_v4() { return _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0); }
 TORSION_V4 TORSION_INLINE __m512i counters_v4(Range source, int64_t j, __m512i order) {
   return _mm512_add_epi64(_mm512_set1_epi64(int64_t(source[j])), order);

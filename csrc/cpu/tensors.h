@@ -27,6 +27,12 @@ void by_rows(const Blocks& to, Work work) {
   share((to.rows + each - 1) / each, [&](int64_t k) { work(k * each, std::min(to.rows, (k + 1) * each)); });
 }
 
+// silence() of whole matrices, by several threads.
+void silence(const Blocks& from, const Blocks& to, const Dead& rows, const Dead& columns, int size);
+
+// Whether every step-th column is finite, by several threads.
+bool all_finite(const Blocks& of, int64_t step, int32_t kind);
+
 // Tensors that live for one call, in memory that a thread keeps from call to call: fresh pages cost as much as what is
 // done with them (0.4 ms for 4 MB). One at the beginning of an op, which then must not call another that has one.
 class Scratch {

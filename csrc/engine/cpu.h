@@ -221,69 +221,76 @@ struct Body {
 
   // Loads, computes and stores every element of a piece.
   template <Pass P, class OfSpan, class Compute>
-  static TORSION_INLINE void sweep(const Work& work, typename Round::Block& round, OfSpan& noise, Compute compute,
-                                   double (*lanes)[kLanes] = nullptr) {
-    const Streams own(work.row, work.slots), next(work.next, work.slots);
-    void* const* const at = own.at;
-    const int64_t begin = work.begin, end = work.end;
+  struct Sweep {
+    const Work& work;
+    typename Round::Block& round;
+    OfSpan& noise;
+    const Compute& compute;
+    double (*lanes)[kLanes];
+    const Streams own{work.row, work.slots};
     const M pre = M(work.pre);
-    Stage<P> stage(work, at);
-    auto span = [&]<bool Staged, class Ask>(int64_t x, int64_t y, Ask ask) __attribute__((always_inline)) {
-      round.fill(x);
-      noise.fill(x, y, ask);
+    Stage<P> stage{work, own.at};
+
+    template <bool Staged>
+    TORSION_INLINE void element(int64_t i, int64_t first, int lane) {
+      E e{};
+      load<P>(e, own.at, i, pre);
+      noise.give(e, i - first);
+      compute(e);
+      if constexpr (P == kUpdate && sums_in_update<Rule>) Rule::after(e, Lane{lanes, lane});
+      store<P, Staged>(e, own.at, i, round, i - first, stage.bytes);
+    }
+
+    template <bool Staged, class Ask>
+    TORSION_INLINE void span(int64_t first, int64_t end, Ask ask) {
+      round.fill(first);
+      noise.fill(first, end, ask);
       if constexpr (P == kUpdate && sums_in_update<Rule>) {
         // Lane by lane, as in a reduce.
-        int64_t i = x;
-        for (; i + kLanes <= y; i += kLanes) {
+        int64_t i = first;
+        for (; i + kLanes <= end; i += kLanes) {
 #pragma GCC ivdep
-          for (int l = 0; l < kLanes; ++l) {
-            E e{};
-            load<P>(e, at, i + l, pre);
-            compute(e);
-            Rule::after(e, Lane{lanes, l});
-            store<P, Staged>(e, at, i + l, round, i + l - x, stage.bytes);
-          }
+          for (int l = 0; l < kLanes; ++l) element<Staged>(i + l, first, l);
         }
-        for (int l = 0; i < y; ++i, ++l) {
-          E e{};
-          load<P>(e, at, i, pre);
-          compute(e);
-          Rule::after(e, Lane{lanes, l});
-          store<P, Staged>(e, at, i, round, i - x, stage.bytes);
-        }
+        for (int l = 0; i < end; ++i, ++l) element<Staged>(i, first, l);
       } else {
 #pragma GCC ivdep
-        for (int64_t i = x; i < y; ++i) {
-          E e{};
-          load<P>(e, at, i, pre);
-          noise.give(e, i - x);
-          compute(e);
-          store<P, Staged>(e, at, i, round, i - x, stage.bytes);
-        }
+        for (int64_t i = first; i < end; ++i) element<Staged>(i, first, 0);
       }
-      if constexpr (Staged) stage.flush(at, x);
-    };
-    constexpr int64_t kPlace = kChunk / kPlacesOfUpdate;
-    static_assert(kPlace % kSpan == 0);
-    int64_t i = begin;
-    auto whole = [&]<bool Staged>() __attribute__((always_inline)) {
-      const bool alone = finds_streams();
-      auto ask = [&](int64_t x, int64_t n, bool meanwhile) __attribute__((always_inline)) {
-        if (meanwhile || !alone) prefetch<P>(at, x + kAheadOfUpdate, n);
-      };
-      for (; i < begin + kPlace; i += kSpan)
-        for (int64_t x = i; x < i + kChunk; x += kPlace) span.template operator()<Staged>(x, x + kSpan, ask);
-    };
-    if (end - begin < kChunk) {
-      auto ask = [&](int64_t x, int64_t n, bool)
-                     __attribute__((always_inline)) { prefetch<P>(next.at, work.next_begin + x - begin, n); };
-      for (; i < end; i += kSpan) span.template operator()<false>(i, std::min(end, i + kSpan), ask);
-    } else if (n_staged<P> > 0 && work.long_list) {
-      whole.template operator()<(n_staged<P> > 0)>();
-      end_of_writes_around();
-    } else {
-      whole.template operator()<false>();
+      if constexpr (Staged) stage.flush(own.at, first);
     }
+
+    template <bool Staged>
+    TORSION_INLINE void whole() {
+      constexpr int64_t kPlace = kChunk / kPlacesOfUpdate;
+      static_assert(kPlace % kSpan == 0);
+      const bool alone = finds_streams();
+      auto ask = [&](int64_t i, int64_t n, bool meanwhile) __attribute__((always_inline)) {
+        if (meanwhile || !alone) prefetch<P>(own.at, i + kAheadOfUpdate, n);
+      };
+      for (int64_t i = work.begin; i < work.begin + kPlace; i += kSpan)
+        for (int64_t x = i; x < i + kChunk; x += kPlace) span<Staged>(x, x + kSpan, ask);
+    }
+
+    TORSION_INLINE void operator()() {
+      if (work.end - work.begin < kChunk) {
+        const Streams next(work.next, work.slots);
+        auto ask = [&](int64_t i, int64_t n, bool)
+                       __attribute__((always_inline)) { prefetch<P>(next.at, work.next_begin + i - work.begin, n); };
+        for (int64_t i = work.begin; i < work.end; i += kSpan) span<false>(i, std::min(work.end, i + kSpan), ask);
+      } else if (n_staged<P> > 0 && work.long_list) {
+        whole<(n_staged<P> > 0)>();
+        end_of_writes_around();
+      } else {
+        whole<false>();
+      }
+    }
+  };
+
+  template <Pass P, class OfSpan, class Compute>
+  static TORSION_INLINE void sweep(const Work& work, typename Round::Block& round, OfSpan& noise,
+                                   const Compute& compute, double (*lanes)[kLanes] = nullptr) {
+    Sweep<P, OfSpan, Compute>{work, round, noise, compute, lanes}();
   }
 
   static TORSION_INLINE void update(const Work& work, const Frame<Rule>& f, int32_t t) {

@@ -18,16 +18,17 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "philox_normal": ("cuda", "triton", "cpu", "reference"),
     "demp_update_": ("cuda", "triton", "cpu", "reference"),
     "active_flags_": ("cuda", "triton", "cpu", "reference"),
-    "masked_linear": ("cpu", "triton", "reference"),
-    "masked_conv2d": ("cpu", "reference"),
+    "masked_linear": ("cpu", "torch", "triton", "reference"),
+    "masked_conv2d": ("cpu", "torch", "reference"),
 }
-"""Ops that are not written for every back end -> those they are written for, the best first."""
+"""Ops that are not written for every back end -> those they are written for, the best first; "torch": put together from
+torch's own ops, on any device."""
 
 NOTES = {
     "masked_linear": (
         "products by torch: on views where live units come first, else on gathered columns; of the full sizes, with "
         "zeros in the weight, where gathers would spare fewer multiplications per number moved than the root of the "
-        "width"
+        "width; Triton's kernel when TORSION_BACKEND asks for it"
     ),
     "masked_conv2d": (
         "convolutions by torch: on gathered channels; on a CPU of the full size, with zeros in the weight, by the same "
@@ -51,7 +52,7 @@ def _triton_interpreted() -> bool:
 
 def obstacle(name: str, device: str) -> str:
     """Return what keeps back end ``name`` from tensors on ``device``, or an empty string."""
-    if name == "reference":
+    if name in ("reference", "torch"):
         return ""
 
     def missing(module: str) -> str:
@@ -124,7 +125,7 @@ def backends() -> dict[str, Choice]:
     found: dict[str, Choice] = {}
     for op, kernels in {**dict.fromkeys((*RULES, *PASSES), NAMES), **KERNELS}.items():
         chosen, why = choose(device, kernels=kernels)
-        available = [name for name in runnable if name in kernels]
+        available = [name for name in kernels if name in runnable or name == "torch"]
         found[op] = Choice(chosen=chosen, available=available, why="; ".join(filter(None, (why, NOTES.get(op)))))
     return found
 

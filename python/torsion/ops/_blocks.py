@@ -75,6 +75,8 @@ def check_kind(op: str, name: str, index: Tensor | None, size: int, device: torc
     """
     if index is None:
         return
+    if not isinstance(index, Tensor):
+        raise TypeError(f"{op}: {name} is a {type(index).__name__}, must be a tensor of torch.int32")
     if index.dtype != torch.int32:
         raise TypeError(f"{op}: {name} is {index.dtype}, must be torch.int32; call .to(torch.int32)")
     if index.dim() != 1:
@@ -98,6 +100,8 @@ def axis(op: str, name: str, index: Tensor | None, size: int, device: torch.devi
     if index is None:
         return Axis(size, size, None, True)
     index = index.contiguous()
+    if torch.compiler.is_compiling() or type(index) is not Tensor:  # nothing to look into
+        return Axis(size, index.numel(), index, False)
     kind = _kind(index, size)
     if kind >= 0:
         value = int(index[kind])
@@ -173,6 +177,20 @@ def met_finite(product: Tensor, groups: int) -> bool:
 
 def _index(ax: Axis | None) -> Tensor | None:
     return None if ax is None else ax.index
+
+
+def _fake_gather(source: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    sizes = [s if i is None else i.shape[0] for s, i in zip(source.shape[:2], (rows, columns), strict=True)]
+    return source.new_empty([*sizes, *source.shape[2:]])
+
+
+def _fake_scatter(to: Tensor, source: Tensor, rows: Tensor | None, columns: Tensor | None) -> None:
+    del to, source, rows, columns
+
+
+if _native.C is not None:
+    torch.library.register_fake("torsion::gather_blocks", _fake_gather)
+    torch.library.register_fake("torsion::scatter_blocks_", _fake_scatter)
 
 
 def _laid(t: Tensor) -> Tensor:

@@ -62,6 +62,7 @@ def masked_linear(
         TypeError: dtypes that differ, a list that is not int32.
     """
     _check(x, weight, bias, in_idx, out_idx, act, x_compact)
+    in_idx, out_idx = (i if i is None or i.is_contiguous() else i.contiguous() for i in (in_idx, out_idx))
     x, weight, bias = _entry.cast_for_autocast(x, weight, bias)
     _entry.check_dtypes(OP, x, weight, bias)
     if all_live(in_idx, weight.shape[1]) and all_live(out_idx, weight.shape[0]):

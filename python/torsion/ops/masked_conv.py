@@ -319,7 +319,7 @@ def _dense_backward(
         dx = _silenced(gradients(_silenced(dz, call.out, call.last), [True, False, False])[0], call.inp, call.last)
     dx = dx.contiguous(memory_format=_format(call.last)) if wanted[0] else none
     # In the gradients of weight and bias what is dead meets itself alone.
-    dw = _silenced_weight(call, dw, groups) if wanted[1] else none
+    dw = _silenced_weight(call, dw, groups, own=True) if wanted[1] else none
     return dx, dw, silence_(db.view(1, -1), None, call.out).view(-1) if wanted[2] else none
 
 
@@ -329,18 +329,20 @@ def _flags(ax: Axis) -> Tensor:
     return torch.zeros(ax.size, dtype=torch.bool).index_fill_(0, ax.index.long(), True)
 
 
-def _silenced_weight(call: _Call, weight: Tensor, groups: int) -> Tensor:
-    """With zeros in what is dead on either side; a copy."""
+def _silenced_weight(call: _Call, weight: Tensor, groups: int, *, own: bool = False) -> Tensor:
+    """With zeros in what is dead on either side; a copy, or the tensor itself where that is the caller's ``own``."""
     n, k, kh, kw = weight.shape
     if groups == 1 and weight.is_contiguous():
-        return silenced(weight.view(n, k, kh * kw), call.out, call.inp).view(weight.shape)
+        silent = silence_ if own else silenced
+        return silent(weight.view(n, k, kh * kw), call.out, call.inp).view(weight.shape)
     out, inp = _flags(call.out).view(groups, -1, 1), _flags(call.inp).view(groups, 1, -1)
     return weight.where((out & inp).view(n, -1, 1, 1), 0)
 
 
 def _silenced(t: Tensor, ax: Axis, last: bool) -> Tensor:
     """A copy with zeros in dead channels."""
-    return t if ax.index is None else _spread(_channels(t, ax.index, last), ax.index, ax.size, last)
+    t = t.contiguous(memory_format=_format(last))
+    return _shaped(silenced(_flat(t, last), None, ax), t.shape, t.shape[1], last)
 
 
 def _zeros(t: Tensor, wanted: bool) -> Tensor:

@@ -70,7 +70,7 @@ def philox_normal(
 
     Returns:
         Contiguous tensor of ``shape``. On the CPU the same bits for every instruction set and number of threads; the
-        reference differs by at most 4 units in the last place of float32, 6e-15 in float64.
+        reference differs by at most 2^-21 of a number in float32, 6e-15 in float64.
 
     Raises:
         ValueError: seed, step or tensor_id out of range, a negative size, a back end that cannot run here.

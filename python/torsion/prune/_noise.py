@@ -69,16 +69,23 @@ class Noise:
                 if p is not None and name in coordinates:  # names of a shared parameter after its first are not there
                     self._owners[name] = module, attribute
         self._entries: list[Entry] | None = None
+        self._trained: list[bool] = []
 
     def entries(self) -> list[Entry]:
         """What is to be noised, as the parameters are now."""
         if not self.holds():
-            self._entries = self._planned()
+            self._entries, self._trained = self._planned(), self._trains()
         return self._entries or []
 
     def holds(self) -> bool:
         """Whether the entries made last are still those of the model."""
-        return self._entries is not None and all(e.holds() for e in self._entries)
+        if self._entries is None or self._trained != self._trains():
+            return False
+        return all(e.holds() for e in self._entries)
+
+    def _trains(self) -> list[bool]:
+        parameters = (owner._parameters.get(attribute) for owner, attribute in self._owners.values())
+        return [p is not None and p.requires_grad for p in parameters]
 
     def add_(
         self,

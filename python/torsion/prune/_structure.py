@@ -210,10 +210,19 @@ def follow(
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
-    """``model`` on a tensor, positional arguments or keyword arguments."""
+    """``model`` on a tensor, positional arguments or keyword arguments: on copies, for it may write to them."""
+    inputs = _copied(inputs)
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
+def _copied(inputs: Any) -> Any:
+    if isinstance(inputs, Tensor):
+        return inputs.clone()
+    if type(inputs) in (tuple, list):
+        return type(inputs)(_copied(x) for x in inputs)
+    return {k: _copied(v) for k, v in inputs.items()} if type(inputs) is dict else inputs
 
 
 def describe(inputs: Any) -> str:

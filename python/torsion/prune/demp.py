@@ -95,6 +95,9 @@ class DemP:
     GradScaler and skipped steps: a step that did not happen adds no noise and does not count. In a group with
     ``maximize=True`` the lasso is subtracted, so that scales shrink there too. A closure gets the lasso at each call.
 
+    Clipping: the lasso is part of the loss, so ``max_grad_norm`` of torsion's optimizers clips both together and
+    ``grad_norm()`` shows both; torch's ``clip_grad_norm_`` before the step does not see it.
+
     Two controllers on one optimizer are refused; :meth:`close` ends one. The optimizer does not keep it alive.
     """
 
