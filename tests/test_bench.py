@@ -58,23 +58,8 @@ def _refused(capsys, *words):
 
 def test_a_run_prints_every_contestant_and_writes_a_record_and_a_plot(capsys, tmp_path, toy):
     record, plot = tmp_path / "record.json", tmp_path / "plot.png"
-    words = [
-        "bench",
-        "tam",
-        "adatam",
-        "lookbehind",
-        "--list",
-        "toy",
-        "--threads",
-        "1",
-        "--rounds",
-        "3",
-        "--json",
-        str(record),
-        "--plot",
-        str(plot),
-    ]
-    assert main([*words, "--device", "cpu"]) == 0
+    words = ["bench", "tam", "adatam", "lookbehind", "--list", "toy", "--threads", "1", "--rounds", "3"]
+    assert main([*words, "--device", "cpu", "--json", str(record), "--plot", str(plot)]) == 0
     out, err = capsys.readouterr()
     assert "checking" in err
     assert "timing" in err
@@ -108,7 +93,7 @@ def test_layers_and_networks_are_timed_where_they_are_right(capsys, tmp_path, br
     capsys.readouterr()
     figures = json.loads(record.read_text())["figures"]
     found = {figure["what"] for figure in figures}
-    assert found >= {"masked linear, cached order", "masked linear, any order", "masked conv"}
+    assert found >= {"masked linear, cached order", "masked linear, any order", "mask-multiply", "masked conv"}
     assert found >= {"feed-forward, 50% dead, cut", "AdaTAMW, lasso and noise inside", "training with DemP"}
     ideal = next(f for f in figures if f["what"] == "masked linear, cached order")
     assert ideal["against"] == "0.0625 of dense"
@@ -124,6 +109,39 @@ def test_a_wrong_layer_is_not_reported(capsys, monkeypatch, brief):
     out, err = capsys.readouterr()
     assert "nothing is reported" in err
     assert not out
+
+
+SMALL = pruning._Block(32, 128, 64, torch.bfloat16, align=8)
+
+
+def test_bfloat16_is_timed_where_it_is_right():
+    figures = [*layers._large(PLACE, 64, 16), *pruning._ffn(PLACE, 0.9, None, SMALL)]
+    assert {(f.dtype, f.limit) for f in figures} == {("bfloat16", None)}
+    members = ("masked linear, cached order", "masked linear, any order", "mask-multiply")
+    assert [f.what for f in figures if f.what != "dense"] == [*members * 2, "feed-forward, 90% dead, cut"]
+    wheres = [f"64 x 64, {live}% live, 16 rows, bfloat16" for live in (50, 25)]
+    assert list(dict.fromkeys(f.list for f in figures)) == [*wheres, "32 x 128, 64 rows, bfloat16"]
+
+
+def test_the_gate_stops_what_is_2_percent_off_in_bfloat16(monkeypatch):
+    monkeypatch.setattr(torsion.prune, "compact", lambda model, *_, **__: model[2].weight.data.mul_(1.02))
+    with pytest.raises(GateError, match="feed-forward"):
+        list(pruning._ffn(PLACE, 0.5, None, SMALL))
+    right = torsion.ops.masked_linear
+    monkeypatch.setattr(torsion.ops, "masked_linear", lambda *words, **more: right(*words, **more) * 1.02)
+    with pytest.raises(GateError, match="cached order"):
+        list(layers._large(PLACE, 64, 16))
+
+
+@pytest.mark.parametrize(("device", "figures"), [("cpu", 0), ("cuda", 2 * 3 + 3)])
+def test_bfloat16_is_left_to_a_gpu(monkeypatch, device, figures):
+    asked = []
+    for name in ("_linear", "_small", "_conv", "_mask_multiply", "_ffn", "_detection", "_update", "_training"):
+        module = layers if hasattr(layers, name) else pruning
+        monkeypatch.setattr(module, name, lambda _, *words, **__: asked.extend(words) or ())
+    place = Place(torch.device(device), 1, 1)
+    assert [*layers.masked_figures(place), *pruning.demp_figures(place)] == []
+    assert [getattr(word, "dtype", None) for word in asked].count(torch.bfloat16) == figures
 
 
 def _check_record(record):

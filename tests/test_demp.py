@@ -279,11 +279,12 @@ def test_cut_without_a_window_cuts_nothing():
     assert demp.generation == 0
 
 
-def test_a_cut_that_would_change_the_outputs_is_taken_back():
+@pytest.mark.parametrize("criterion", ["auto", "ever_active", "abs_max"])
+def test_a_cut_that_would_change_the_outputs_is_taken_back(criterion):
     """The unit came alive between the window and the cut: the comparison on the window sees it."""
     model = mlp()
     optimizer = adamw(model)
-    demp = demp_of(model, optimizer)
+    demp = demp_of(model, optimizer, criterion=criterion)
     advance(model, optimizer, range(2))
     kill(model, 0, 2)
     demp.observe(windows())

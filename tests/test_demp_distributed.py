@@ -140,6 +140,25 @@ def test_alignment_agrees(workers: Workers) -> None:
     assert a == b
 
 
+def rank_weights(rank: int) -> list[int]:
+    """Unit 1 acts by 1 in the three batches of rank 0, unit 2 by 2 in the one of rank 1; ``align`` keeps one."""
+    demp, model, *_ = build(rank, noise_std=0.0, align=7, window=3, criterion="dormant", tau=0.5)
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[0].weight[1, 0], model[0].weight[2, 0] = 1.0, -1.0
+        model[0].bias.fill_(100.0)[1:3] = 0.0
+        model[1].bias.zero_()
+    x = inputs()
+    x[:, 0] = 1.0 if rank == 0 else -2.0
+    demp.finish([x] * (3 if rank == 0 else 1))
+    agree(model)
+    return demp._units["0"].kept.tolist()
+
+
+def test_every_batch_counts_alike_on_whatever_rank(workers: Workers) -> None:
+    assert workers.run(rank_weights) == [[0, 1, 3, 4, 5, 6, 7]] * 2
+
+
 def rank_train(rank: int, kind: str) -> tuple[list[int], list[float]]:
     """Twelve steps with cuts at 4 and 8; the same as one process on the whole batch but for rounding."""
     optimizers = {

@@ -145,6 +145,32 @@ def test_lasso_is_added_to_every_scale_that_has_a_gradient():
     assert demp.steps_taken == 1
 
 
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [(torch.optim.SGD, {}), (torsion.TAM, {}), (torsion.TAM, {"backend": "reference"})],
+    ids=["SGD", "TAM", "TAM without kernels"],
+)
+def test_a_scale_that_two_layers_share_gets_the_lasso_once(cls, options):
+    """As much as a scale of one layer; torsion's optimizers leave the gradient the user's here too."""
+    found = []
+    for shared in (False, True):
+        model = mlp(widths=(8, 8))
+        if shared:
+            model[4].weight = model[1].weight
+        optimizer = cls(model.parameters(), lr=0.1, momentum=0.0, **options)
+        demp = demp_of(model, optimizer, schedule="constant", noise_std=0.0)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        grad = model[1].weight.grad
+        optimizer.step()
+        assert model[1].weight.grad is grad
+        assert cls is torch.optim.SGD or not grad.any()
+        assert demp.steps_taken == 1
+        found.append(model[1].weight.detach())
+    assert (found[0] < 1).all()
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("cls", [torch.optim.SGD, torsion.TAM], ids=lambda c: c.__name__)
 def test_where_the_optimizer_maximizes_the_scales_shrink_too(cls):
     model = mlp()

@@ -313,6 +313,26 @@ def test_a_step_whose_cut_is_taken_back_leaves_no_trace() -> None:
     assert not demp.due
 
 
+@pytest.mark.parametrize("at", [0, 1])
+def test_outputs_are_compared_on_every_batch_of_the_window(at: int) -> None:
+    """Unit 2 passes feature 0, which is positive in one batch alone: after the window it comes alive there."""
+    model = mlp()
+    demp = demp_of(model, adamw(model))
+    batches = [inputs(step) for step in range(2)]
+    for i, x in enumerate(batches):
+        x[:, 0] = x[:, 0].abs() * (1 if i == at else -1)
+    with torch.no_grad():
+        model[0].weight[2], model[0].bias[2] = torch.eye(INPUTS, dtype=torch.float64)[0], 0.0
+        model[1].bias[2] = -100.0
+    assert not demp.observe(batches)["0"][2]
+    with torch.no_grad():
+        model[1].bias[2] = 0.0
+    assert [bool(live_units(model, [x])["0"][2]) for x in batches] == [i == at for i in range(2)]
+    with pytest.raises(RuntimeError, match="the cut changes an output"):
+        demp.cut()
+    assert model[0].out_features == 8
+
+
 def test_a_first_window_that_fails_leaves_all_rows_in_noise() -> None:
     model = gelu()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)

@@ -167,16 +167,18 @@ def test_compact_and_full_agree(act, dtype, prefix):
 
 @each_act
 @each_dtype()
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("lists", ["none", "whole", "mixed"])
-def test_all_live_is_dense_bit_for_bit(act, dtype, lists):
+def test_all_live_is_dense_bit_for_bit(act, dtype, lists, bias):
     i = None if lists == "none" else torch.arange(20, dtype=torch.int32)
     o = torch.arange(16, dtype=torch.int32) if lists == "whole" else None
     for x, w, dense, op in (
         (torch.randn(7, 20), torch.randn(16, 20), F.linear, linear),
         (torch.randn(2, 20, 6, 6), torch.randn(16, 20, 3, 3), F.conv2d, conv),
     ):
-        a, b = leaves(x.to(dtype), w.to(dtype)), leaves(x.to(dtype), w.to(dtype))
-        y, expected = op(*a, None, i, o, act=act), plain(dense(*b), act)
+        tensors = [t.to(dtype) for t in (x, w, *([torch.randn(16)] if bias else []))]
+        a, b = leaves(*tensors), leaves(*tensors)
+        y, expected = op(*a, in_idx=i, out_idx=o, act=act), plain(dense(*b), act)
         assert same_bits(y.detach(), expected.detach())
         y.sum().backward()
         expected.sum().backward()
@@ -200,8 +202,9 @@ def test_dense_where_the_dead_are_zero():
     close(xs.grad[:, i.long()], xd.grad[:, i.long()], SUMS[torch.float64])
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("act", ["none", "relu"])
-def test_nan_among_the_living_stays_with_them(act):
+def test_nan_among_the_living_stays_with_them(act, bad):
     """A NaN or Inf in live inputs, weights or gradients reaches what it touches, and dead entries stay 0."""
     for m in (5, 400):
         i, o = index(20, 0.9, 2), index(16, 0.8, 1)
@@ -209,7 +212,7 @@ def test_nan_among_the_living_stays_with_them(act):
             x, w, dy = torch.randn(m, 20), torch.randn(16, 20), torch.randn(m, 16)
             {"x": x, "w": w, "dy": dy}[where][
                 int(o[1]) if where == "w" else 2, int(o[1]) if where == "dy" else int(i[1])
-            ] = torch.inf
+            ] = bad
             a, b = leaves(x, w), leaves(x, w)
             y, expected = linear(*a, None, i, o, act), torsion.reference.masked_linear(*b, None, i, o, act)
             y.backward(dy)

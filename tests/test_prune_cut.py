@@ -346,6 +346,49 @@ def test_a_difference_is_measured_against_the_tolerance_of_the_dtype():
     assert 0 < cut(model, structure, keep, inputs=[x]).max_difference < 1e-4
 
 
+@pytest.mark.parametrize("act", [0.0, 1e-5], ids=["dead", "all but dead"])
+def test_a_difference_is_measured_against_the_largest_output(act):
+    """Rounding grows with the outputs; units that act by 1e-5 stand for it, whatever the order of sums."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(5, 64), nn.ReLU(), nn.Linear(64, 3)), rows()
+    with torch.no_grad():
+        model[0].weight[:2], model[0].bias[:2] = 0, act
+        model[2].weight.mul_(1e4)
+    largest = float(outputs(model, x).abs().max())
+    report = cut(model, trace(model, x), {"0": torch.arange(64) > 1}, inputs=[x])
+    assert report.layers["0"].cut == 2
+    assert report.max_difference < TOLERANCE[torch.float32] * largest
+    assert act == 0 or report.max_difference > TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "allowed", "refused"),
+    [
+        (torch.float64, 5e-11, 2e-10),
+        (torch.float32, 5e-5, 2e-4),
+        (torch.bfloat16, 1e-2, 0.1),
+        (torch.float16, 1e-2, 0.1),
+    ],
+    ids=str,
+)
+def test_what_a_cut_may_change_in_each_dtype(dtype, allowed, refused):
+    """All outputs are those of one unit, a constant, and nothing without it."""
+    model, x = mlp().to(dtype), rows().to(dtype)
+    structure, keep = trace(model, x), {"2": torch.arange(7) > 0}
+    with torch.no_grad():
+        model[2].weight[0], model[2].bias[0] = 0, refused
+        model[4].weight.zero_()[:, 0] = 1
+        model[4].bias.zero_()
+    held = snapshot(model)
+    with pytest.raises(RuntimeError, match=r"the cut changes an output .* Nothing was cut"):
+        cut(model, structure, keep, inputs=[x])
+    assert same(held, snapshot(model))
+    with torch.no_grad():
+        model[2].bias[0] = allowed
+    change = model[2].bias[0].item()
+    assert cut(model, structure, keep, inputs=[x]).max_difference == change
+
+
 def test_a_model_that_fails_with_fewer_units_is_as_before():
     class Counting(nn.Module):
         def __init__(self):

@@ -12,14 +12,14 @@ from torch import Tensor
 import torsion
 from torsion.cli.bench.comparisons import Limit
 from torsion.cli.bench.figures import Figure, Place
-from torsion.cli.bench.versus import agree, versus
+from torsion.cli.bench.versus import BFLOAT16_RELATIVE, agree, versus
 
 __all__ = ["masked_figures"]
 
 _ROWS, _MANY_ROWS = 1024, 4096
 _WIDTHS = (1024, 2048)
-_RELATIVE = 1e-4
-"""float32 sums of up to 4096 terms, in whatever order a library takes them (seen: 3e-6)."""
+_RELATIVE = {torch.float32: 1e-4, torch.bfloat16: BFLOAT16_RELATIVE}
+"""float32: sums of up to 4096 terms, in whatever order a library takes them (seen: 3e-6)."""
 _DENSE = "dense"
 
 
@@ -31,10 +31,12 @@ class _Case:
     live: float
     sorted: bool
     rows: int
+    dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
         rows = "" if self.rows == _ROWS else f", {self.rows} rows"
-        return f"{self.n} x {self.n}, {self.live:.0%} live{rows}"
+        dtype = "" if self.dtype == torch.float32 else f", {self.dtype}".replace("torch.", "")
+        return f"{self.n} x {self.n}, {self.live:.0%} live{rows}{dtype}"
 
     def indices(self) -> Tensor | None:
         count = round(self.n * self.live)
@@ -49,10 +51,12 @@ Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
 _Shapes = tuple[tuple[int, ...], tuple[int, ...]]
 
 
-def _made(shape: tuple[int, ...], weight: tuple[int, ...], place: Place) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _made(
+    shape: tuple[int, ...], weight: tuple[int, ...], place: Place, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, w, b = torch.randn(shape), torch.randn(weight) / weight[1] ** 0.5, torch.randn(weight[0])
-    x, w, b = (t.to(place.device).requires_grad_() for t in (x, w, b))
-    return x, w, b, torch.randn(*shape[:1], weight[0], *shape[2:], device=place.device)
+    x, w, b = (t.to(place.device, dtype).requires_grad_() for t in (x, w, b))
+    return x, w, b, torch.randn(*shape[:1], weight[0], *shape[2:], device=place.device, dtype=dtype)
 
 
 def _both_ways(layer: Layer, x: Tensor, w: Tensor, b: Tensor, dy: Tensor) -> Callable[[], tuple[Tensor, ...]]:
@@ -83,9 +87,10 @@ def _figures(
     share: float = 1.0,
     *,
     compact: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Iterator[Figure]:
     torch.manual_seed(0)
-    x, w, b, dy = _made(*shapes, place)
+    x, w, b, dy = _made(*shapes, place, dtype)
     wide = [t.detach().double().requires_grad_() for t in (x, w, b)]
 
     def zeroed(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
@@ -99,10 +104,10 @@ def _figures(
         given, back = (t.detach().index_select(1, index).requires_grad_() for t in (x, dy))
         right[:2] = [t.index_select(1, index) for t in right[:2]]
     step = _both_ways(masked, given, w, b, back)
-    agree(f"{name}, {where}", step(), right, _RELATIVE)
+    agree(f"{name}, {where}", step(), right, _RELATIVE[dtype])
     dense_step = _both_ways(dense, x, w, b, dy)
     limits = {} if limit is None else {name: limit}
-    yield from versus(place, where, {_DENSE: dense_step}, {name: step}, limits, ideal={name: share})
+    yield from versus(place, where, {_DENSE: dense_step}, {name: step}, limits, ideal={name: share}, dtype=dtype)
 
 
 def _linear(
@@ -121,7 +126,32 @@ def _linear(
         return torsion.ops.masked_linear(x, w, b, index, index, x_compact=compact, y_compact=compact)
 
     shapes = ((case.rows, case.n), (case.n, case.n))
-    yield from _figures(place, str(case), name, masked, F.linear, shapes, live, limit, share, compact=compact)
+    yield from _figures(
+        place, str(case), name, masked, F.linear, shapes, live, limit, share, compact=compact, dtype=case.dtype
+    )
+
+
+def _mask_multiply(place: Place, case: _Case) -> Iterator[Figure]:
+    """What is done without masked layers: masks of 0 and 1, multiplied to all that a dense one takes and gives."""
+    live = case.indices()
+    mask = _dead_zeroed(torch.ones(case.n), live, 0).to(place.device, case.dtype)
+    weight_mask = mask.unsqueeze(1) * mask
+
+    def masked(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return F.linear(x * mask, w * weight_mask, b) * mask
+
+    shapes = ((case.rows, case.n), (case.n, case.n))
+    yield from _figures(place, str(case), "mask-multiply", masked, F.linear, shapes, live, None, dtype=case.dtype)
+
+
+def _large(place: Place, n: int = 4096, rows: int = 4096, dtype: torch.dtype = torch.bfloat16) -> Iterator[Figure]:
+    """Sizes at which a GPU computes longer than its host needs to ask for it."""
+    for live in (0.5, 0.25):
+        case = _Case(n, live, True, rows, dtype)
+        yield from _linear(place, case, "masked linear, cached order", None, live * live, compact=True)
+        case = _Case(n, live, False, rows, dtype)
+        yield from _linear(place, case, "masked linear, any order", None)
+        yield from _mask_multiply(place, case)
 
 
 def _small(place: Place, case: _Case) -> Iterator[Figure]:
@@ -166,9 +196,12 @@ def masked_figures(place: Place) -> Iterator[Figure]:
             yield from _small(place, case)
     for n, limit in ((512, 1 / 2.2), *((n, 1 / 2.5) for n in _WIDTHS)):
         yield from _linear(place, _Case(n, 0.5, False, _ROWS), "masked linear, any order", Limit(limit, ()))
+    yield from _mask_multiply(place, _Case(_WIDTHS[0], 0.5, False, _ROWS))
     for n in (512, _WIDTHS[-1]):
         yield from _linear(place, _Case(n, 1.0, True, _ROWS), "masked linear, all live", Limit(1.03, ()))
     for n, rows in sizes:
         yield from _linear(place, _Case(n, 0.95, False, rows), "masked linear, nearly all live", Limit(1.03, ()))
     for share, most in ((0.5, 0.40), (0.95, 1.03)):
         yield from _conv(place, share, most)
+    if place.device.type == "cuda":
+        yield from _large(place)

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import statistics
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -18,13 +19,13 @@ from torsion.cli.bench.gate import GateError
 from torsion.cli.bench.lists import LISTS
 from torsion.cli.bench.problem import Gradients, attach, initial
 from torsion.cli.bench.timing import Percentiles
-from torsion.cli.bench.versus import Step, agree, versus
+from torsion.cli.bench.versus import BFLOAT16_RELATIVE, Step, agree, versus
 from torsion.optim._perturbation import NoiseRows, Perturbation
 
 __all__ = ["demp_figures"]
 
 _LR = 1e-7
-_RELATIVE = 1e-5
+_RELATIVE = {torch.float32: 1e-5, torch.bfloat16: BFLOAT16_RELATIVE}
 _TOKENS, _BATCH, _LIST = 2048, 64, "resnet18"
 _SEEDS, _STEPS = 5, 0
 """Of whole trainings; 0 steps: the task's own."""
@@ -41,32 +42,53 @@ def demp_figures(place: Place) -> Iterator[Figure]:
         GateError: something computes what it should not.
     """
     for dead, limit in ((0.5, 0.57), (0.75, 0.32), (0.9, 0.17)):
-        yield from _ffn(place, dead, Limit(limit, ()))
+        yield from _ffn(place, dead, Limit(limit, ()), _Block(512, 2048, _TOKENS))
+    if place.device.type == "cuda":
+        for dead in (0.5, 0.75, 0.9):
+            yield from _ffn(place, dead, None, _LARGE)
     for dead in (0.5, 1.0):
         yield from _detection(place, dead)
     yield from _update(place)
     yield from _training(place)
 
 
-def _ffn(place: Place, dead: float, limit: Limit, width: int = 512, hidden: int = 2048) -> Iterator[Figure]:
+@dataclass(frozen=True)
+class _Block:
+    """A feed-forward block, the rows it takes, and what its live units are rounded up to a multiple of."""
+
+    width: int
+    hidden: int
+    rows: int
+    dtype: torch.dtype = torch.float32
+    align: int = 1
+
+    def __str__(self) -> str:
+        more = "" if self.dtype == torch.float32 else f", {self.rows} rows, {self.dtype}".replace("torch.", "")
+        return f"{self.width} x {self.hidden}{more}"
+
+
+_LARGE = _Block(4096, 16384, 4096, torch.bfloat16, align=8)
+"""For a GPU. Its products in half precision are fast where rows begin at multiples of 16 bytes."""
+
+
+def _ffn(place: Place, dead: float, limit: Limit | None, block: _Block) -> Iterator[Figure]:
     """A feed-forward block before and after its dead hidden units were cut."""
     torch.manual_seed(0)
-    up = nn.Linear(width, hidden)
+    up = nn.Linear(block.width, block.hidden)
     with torch.no_grad():
-        up.bias[torch.randperm(hidden)[: round(hidden * dead)]] = -100.0
-    dense = nn.Sequential(up, nn.ReLU(), nn.Linear(hidden, width)).to(place.device)
-    x = torch.randn(_TOKENS, width, device=place.device)
+        up.bias[torch.randperm(block.hidden)[: round(block.hidden * dead)]] = -100.0
+    dense = nn.Sequential(up, nn.ReLU(), nn.Linear(block.hidden, block.width)).to(place.device, block.dtype)
+    x = torch.randn(block.rows, block.width, device=place.device, dtype=block.dtype)
     cut = copy.deepcopy(dense)
     live = torsion.prune.live_units(cut, [x])
-    torsion.prune.compact(cut, live, x)
-    name, where = f"feed-forward, {dead:.0%} dead, cut", f"{width} x {hidden}"
+    torsion.prune.compact(cut, live, x, align=block.align)
+    name = f"feed-forward, {dead:.0%} dead, cut"
     with torch.no_grad():
-        agree(name, [cut(x)], [dense.double()(x.double())], _RELATIVE)
-    dense.float()
-    steps = {}
-    for key, model in ((_DENSE, dense), (name, cut)):
-        steps[key] = _backward(model, x)
-    yield from versus(place, where, {_DENSE: steps[_DENSE]}, {name: steps[name]}, {name: limit})
+        agree(name, [cut(x)], [dense.double()(x.double())], _RELATIVE[block.dtype])
+    dense.to(block.dtype)  # exact: the numbers came from there
+    limits = {} if limit is None else {name: limit}
+    before, after = {_DENSE: _backward(dense, x)}, {name: _backward(cut, x)}
+    yield from versus(place, str(block), before, after, limits, dtype=block.dtype)
 
 
 def _backward(model: nn.Module, x: Tensor) -> Step:

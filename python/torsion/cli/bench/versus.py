@@ -12,9 +12,14 @@ from torsion.cli.bench.figures import Figure, Place
 from torsion.cli.bench.gate import GateError
 from torsion.cli.bench.timing import clock_of, interleave, stopwatch
 
-__all__ = ["agree", "versus"]
+__all__ = ["BFLOAT16_RELATIVE", "agree", "versus"]
 
 Step = Callable[[], object]
+
+BFLOAT16_RELATIVE = 2.0**-7
+"""Of the largest number, for one product or two in a row, summed in float32. Rounding the result to 8 bits moves it by
+at most 2^-8. As much again is for what is rounded before it is summed, hidden units or the parts of a product that a
+GPU splits: each moves by at most 2^-8 of itself, up or down, and over thousands of terms most of that cancels."""
 
 
 def versus(
@@ -26,6 +31,7 @@ def versus(
     *,
     ideal: Mapping[str, float] | None = None,
     notes: Mapping[str, str] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Iterator[Figure]:
     """Ratios of ``members`` to the fastest of ``baselines``, which come first.
 
@@ -37,6 +43,7 @@ def versus(
         limits: member -> what is asked of it.
         ideal: member -> share of the baseline's work that it has to do; the ratio is then to that share of its time.
         notes: member -> a line below the table.
+        dtype: of what is worked on.
     """
     # The host does not wait for a GPU by itself, and processor time does not show it.
     on_gpu = place.device.type == "cuda"
@@ -60,7 +67,7 @@ def versus(
             against=rounds.baseline if share == 1 else f"{share:.4g} of {rounds.baseline}", clock=clock_name,
             p20=ratio.p20 / share, p80=ratio.p80 / share, seconds=rounds.of(name).p50,
             baseline_seconds=rounds.of(rounds.baseline).p50, rounds=rounds.kept, dropped=rounds.dropped,
-            note=(notes or {}).get(name, ""),
+            note=(notes or {}).get(name, ""), dtype=str(dtype).removeprefix("torch."),
         )  # fmt: skip
 
 
