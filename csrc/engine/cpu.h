@@ -198,11 +198,13 @@ struct Body {
     double a[N][kLanes] = {};
     int64_t i = begin;
     if (end - begin == kChunk) {
+      // Cores that need no help with an update are done here before what they ask for a little ahead has come.
+      const int64_t ahead = finds_streams() ? 4 * kAhead : kAhead;
       // Several places at once and a prefetch: one place leaves most of the misses a core can have outstanding unused
       // (fp32 from memory: reduce 0.53 against 0.69 ns per element, update 0.75 against 0.92).
       for (; i < begin + kChunk / kPlaces; i += kLanes)
         for (int64_t place = 0; place < kChunk; place += kChunk / kPlaces) {
-          prefetch<P>(at, i + place + kAhead, kLanes);
+          prefetch<P>(at, i + place + ahead, kLanes);
           add_lanes<P>(at, i + place, pre, known, a);
         }
     } else {
