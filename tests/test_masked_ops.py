@@ -60,6 +60,17 @@ def test_golden_batchnorm():
     assert b.grad.abs().max() < 1e-14
 
 
+@pytest.mark.parametrize("shape", [(3, 12), (3, 12, 5), (2, 12, 4, 3)], ids=str)
+def test_group_norm_with_virtual_zeros(shape):
+    """On live channels that of the whole width, where the dead ones are 0; a group may be dead as a whole."""
+    live = torch.tensor([0, 2, 3, 8], dtype=torch.int32)
+    x = torch.zeros(shape, dtype=torch.float64)
+    x[:, live.long()] = torch.randn(x[:, live.long()].shape, dtype=torch.float64)
+    for groups in (1, 3, 4):
+        found = torsion.reference.group_norm_live(x[:, live.long()], live, 12, groups)
+        close(found, F.group_norm(x, groups)[:, live.long()], SUMS[torch.float64])
+
+
 def test_golden_norms_with_virtual_zeros():
     """V1: statistics over 8 features of which 3 live, and the full width as witness."""
     inputs, expected = CASES["V1"]["inputs"], CASES["V1"]["expected"]

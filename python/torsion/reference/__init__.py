@@ -15,7 +15,7 @@ from torsion.reference.lookbehind import (
     phase_,
     phase_sums,
 )
-from torsion.reference.masked import layer_norm_live, masked_conv2d, masked_linear, rms_norm_live
+from torsion.reference.masked import group_norm_live, layer_norm_live, masked_conv2d, masked_linear, rms_norm_live
 from torsion.reference.philox import philox, rounding_bits, stochastic_round
 from torsion.reference.tam import tam_, tam_sums
 
@@ -29,6 +29,7 @@ __all__ = [
     "descent_",
     "descent_ascent_",
     "descent_blend_",
+    "group_norm_live",
     "layer_norm_live",
     "masked_conv2d",
     "masked_linear",

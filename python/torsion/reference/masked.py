@@ -79,3 +79,14 @@ def layer_norm_live(x: Tensor, width: int, eps: float = 1e-5) -> Tensor:
 def rms_norm_live(x: Tensor, width: int, eps: float = 1e-5) -> Tensor:
     """RMSNorm, without scale, of ``[..., D']`` live features among ``width``, the others being 0."""
     return x / (x.square().sum(-1, keepdim=True) / width + eps).sqrt()
+
+
+def group_norm_live(x: Tensor, live: Tensor, width: int, groups: int, eps: float = 1e-5) -> Tensor:
+    """GroupNorm, no affine map, of ``[B, C', ...]``, the ``live`` (int ``[C']``) of ``width`` channels, others being 0."""
+    size = width // groups * x[0, 0].numel()  # numbers of a group, the virtual ones too
+    member = torch.nn.functional.one_hot(live.long() // (width // groups), groups).to(x.dtype)  # [C', groups]
+    flat = x.reshape(*x.shape[:2], -1)
+    mean = flat.sum(2) @ member / size
+    variance = flat.square().sum(2) @ member / size - mean.square()
+    mean, variance = (t @ member.t() for t in (mean, variance))
+    return ((flat - mean.unsqueeze(2)) / (variance + eps).sqrt().unsqueeze(2)).view_as(x)
