@@ -82,7 +82,7 @@ def rms_norm_live(x: Tensor, width: int, eps: float = 1e-5) -> Tensor:
 
 
 def group_norm_live(x: Tensor, live: Tensor, width: int, groups: int, eps: float = 1e-5) -> Tensor:
-    """GroupNorm, no affine map, of ``[B, C', ...]``, the ``live`` (int ``[C']``) of ``width`` channels, others being 0."""
+    """GroupNorm, no affine map, of ``[B, C', ...]``: ``live`` (int ``[C']``) of ``width`` channels, others 0."""
     size = width // groups * x[0, 0].numel()  # numbers of a group, the virtual ones too
     member = torch.nn.functional.one_hot(live.long() // (width // groups), groups).to(x.dtype)  # [C', groups]
     flat = x.reshape(*x.shape[:2], -1)
