@@ -125,6 +125,9 @@ def test_lists_that_are_views_and_lists_that_are_none():
     for layer, a, k in ((linear, x, w), (conv, torch.randn(2, 6, 5, 5), torch.randn(8, 6, 3, 3))):
         with pytest.raises(TypeError, match="in_idx is a list, must be a tensor"):
             layer(a, k, None, [0, 1])
+        for bad in (i32(1, 0), i32(0, 1, 2, 3, 4, 4)):
+            with pytest.raises(ValueError, match="sort it and drop repetitions"):
+                layer(a, k, None, torch.nn.Parameter(bad, requires_grad=False))
 
 
 @needs_c

@@ -68,7 +68,7 @@ REORDERED = Row(0.0, scale=1e-11, why="1e-16 a step, divided by norms that may b
 NORMALS = {
     torch.float64: Row(1e-15, atol=6e-15, why="the judge rounds its angle 2 pi u by up to 9e-16, times r below 6.7"),
     torch.float32: Row(
-        2.0**-21, why="2^-22.4 seen in 6e7 pairs; errors of radius, angle, its sine and the products add up"
+        2.0**-21, why="2^-21.7 seen in 6e7 pairs: errors of radius, angle, its sine and products add up"
     ),
     torch.bfloat16: Row(2.0**-7, why="one of 8 bits, where float32 lies on either side of a tie"),
     torch.float16: Row(2.0**-10, atol=2.0**-24, why="one of 11 bits, where float32 lies on either side of a tie"),

@@ -11,6 +11,8 @@ from torch import Tensor
 from torsion.ops import _native
 
 SCATTERED, PREFIX = -1, -2
+PLAIN = (Tensor, torch.nn.Parameter)
+"""Types of tensors that hold values; a tracer's do not."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def axis(op: str, name: str, index: Tensor | None, size: int, device: torch.devi
     if index is None:
         return Axis(size, size, None, True)
     index = index.contiguous()
-    if torch.compiler.is_compiling() or type(index) is not Tensor:  # nothing to look into
+    if torch.compiler.is_compiling() or type(index) not in PLAIN:  # nothing to look into
         return Axis(size, index.numel(), index, False)
     kind = _kind(index, size)
     if kind >= 0:

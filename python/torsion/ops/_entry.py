@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torsion.ops import _backends
-from torsion.ops._blocks import axis
+from torsion.ops._blocks import PLAIN, axis
 
 _library = torch.library.Library("torsion", "FRAGMENT")
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -54,7 +54,7 @@ def look_into(op: str, weight: Tensor, in_idx: Tensor | None, out_idx: Tensor | 
     if torch.compiler.is_compiling():
         return
     for name, index in (("in_idx", in_idx), ("out_idx", out_idx)):
-        if type(index) is Tensor:
+        if index is not None and type(index) in PLAIN:
             axis(op, name, index, index.shape[0], weight.device)
 
 
@@ -76,7 +76,7 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 def is_eager(*tensors: Tensor) -> bool:
     """Whether these are plain tensors that nothing traces or transforms."""
-    return not torch.compiler.is_compiling() and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+    return not torch.compiler.is_compiling() and all(type(t) in PLAIN for t in tensors)
 
 
 def define(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
